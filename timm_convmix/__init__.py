@@ -1,0 +1,33 @@
+"""ConvMix twins of timm's architectures: importing this package registers ``convmix_<arch>`` with timm.
+
+``timm.create_model('convmix_resnet50', pretrained=True)`` then works wherever timm is used.
+"""
+
+from timm_convmix.convmix import list_weights
+from timm_convmix.errors import (
+    ConvMixError,
+    FeatureError,
+    HubError,
+    InputError,
+    MixerError,
+    StageError,
+    WeightsError,
+)
+from timm_convmix.mixers import MIXERS, Mixer
+from timm_convmix.model import ConvMixNet
+from timm_convmix.version import __version__
+
+__all__ = [
+    "MIXERS",
+    "ConvMixError",
+    "ConvMixNet",
+    "FeatureError",
+    "HubError",
+    "InputError",
+    "Mixer",
+    "MixerError",
+    "StageError",
+    "WeightsError",
+    "__version__",
+    "list_weights",
+]

@@ -1,0 +1,223 @@
+"""The registry: every ``convmix_*`` entrypoint and cfg, derived from timm's, and the one decision what to load.
+
+timm shows the last part of this module's name in ``list_models(module='convmix')``, and looks for ``default_cfgs`` and
+``__all__`` here.
+"""
+
+import dataclasses
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    build_model_with_cfg,
+    get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
+    is_model,
+    list_models,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+    split_model_name_tag,
+)
+from torch import nn
+
+from timm_convmix.errors import FeatureError, WeightsError
+from timm_convmix.model import ARCH_PREFIX, MODULE_PREFIX, ConvMixNet, wrapped_cfg_values
+from timm_convmix.weights.hub import WEIGHTS_NAME, download_weights, hub_errors
+from timm_convmix.weights.loading import Filter, StateDict, count_classes, load_strictly, read_state_dict
+
+__all__: list[str] = []
+default_cfgs: dict[str, DefaultCfg] = {}
+
+
+# What is registered ---------------------------------------------------------------------------------------------------
+
+
+def register_variants() -> None:
+    """Register ``convmix_<arch>`` for each architecture of timm whose cfg has a ``pool_size``, so a 2-D final map."""
+    for arch in list_models():
+        variant = ARCH_PREFIX + arch
+        cfgs = get_arch_pretrained_cfgs(arch)
+        if is_model(variant) or not cfgs or next(iter(cfgs.values())).pool_size is None:
+            continue
+        tags = {split_model_name_tag(name)[1]: derived_cfg(cfg, name) for name, cfg in cfgs.items()}
+        default_cfgs[variant] = DefaultCfg(tags=deque(tags), cfgs=tags)  # timm's order: the first tag is the default
+        setattr(sys.modules[__name__], variant, register_model(entrypoint(arch)))
+
+
+def derived_cfg(cfg: PretrainedCfg, name: str) -> PretrainedCfg:
+    """The cfg of a variant's tag: the backbone's data, the wrapper's names.
+
+    Args:
+        cfg: The backbone's, as timm registered it (its Hub id resolved).
+        name: ``arch.tag`` of the backbone.
+    """
+    note = f"timm's {name} as backbone; the mixer is untrained and starts as an identity."
+    return dataclasses.replace(
+        cfg,
+        **wrapped_cfg_values(vars(cfg)),
+        custom_load=False,
+        description=note if cfg.has_weights else cfg.description,
+    )
+
+
+def entrypoint(arch: str) -> Callable[..., nn.Module]:
+    """The function that timm calls to build ``convmix_<arch>``."""
+
+    def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create_variant(arch, pretrained, **kwargs)
+
+    create.__name__ = create.__qualname__ = ARCH_PREFIX + arch
+    create.__doc__ = f"``{arch}`` with its stages mixed into the final map; arguments as of ``create_variant``."
+    return create
+
+
+def list_weights(pattern: str = "*") -> list[dict[str, str | None]]:
+    """What ``timm.create_model(name, pretrained=True)`` would load, for every tag of every variant.
+
+    Args:
+        pattern: Wildcards over ``arch`` or ``arch.tag``, with or without the prefix ``convmix_``.
+
+    Returns:
+        name; weights ('warm start' or None); source, the Hub repository or address of the backbone's weights; license,
+        as timm states it. Sorted by name as timm sorts.
+    """
+    rows = []
+    for name in list_models(ARCH_PREFIX + pattern.removeprefix(ARCH_PREFIX), module="convmix", include_tags=True):
+        cfg = get_pretrained_cfg(name)
+        source = cfg.hf_hub_id or cfg.url
+        rows.append(dict(name=name, weights="warm start" if source else None, source=source, license=cfg.license))
+    return rows
+
+
+# What is built --------------------------------------------------------------------------------------------------------
+
+
+def create_variant(
+    arch: str,
+    pretrained: bool = False,
+    *,
+    stages: Sequence[int] | None = None,
+    mixer: str = "convmix",
+    mixer_args: dict[str, Any] | None = None,
+    pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a variant; ``timm.create_model`` comes here.
+
+    Args:
+        arch: The backbone's architecture in timm.
+        pretrained: Load weights. Those of the plain backbone start the model as exactly that backbone; those of a
+            ``ConvMixNet`` are loaded strictly. A file, a folder or a repository may hold either.
+        stages: See ``ConvMixNet``.
+        mixer: See ``ConvMixNet``.
+        mixer_args: See ``ConvMixNet``.
+        pretrained_cfg: A tag, or a cfg.
+        pretrained_cfg_overlay: Values that replace the cfg's; ``file`` names a file of the user's own.
+        cache_dir: Of huggingface_hub.
+        **kwargs: ``features_only`` and ``out_indices``, and all that the backbone takes.
+
+    Returns:
+        A ``ConvMixNet``, or with ``features_only=True`` timm's extractor around one.
+
+    Raises:
+        ConvMixError: One of its kinds; nothing half loaded is ever returned.
+        TypeError: The backbone does not know an argument.
+    """
+    cfg = resolve_pretrained_cfg(ARCH_PREFIX + arch, pretrained_cfg, pretrained_cfg_overlay)
+    tagged = f"{arch}.{cfg.tag}"
+    plain = tagged if tagged in get_arch_pretrained_cfgs(arch) else arch
+    tensors = find_tensors(cfg, plain, cache_dir) if pretrained else None
+    is_mixed = tensors is not None and all(name.startswith((MODULE_PREFIX, "mixer.")) for name in tensors)
+    given = "num_classes" in (pretrained_cfg_overlay or {})
+    fresh_head = given or "num_classes" in kwargs
+    if tensors is not None and not fresh_head:  # the file decides
+        classifier = cfg.classifier if is_mixed else get_pretrained_cfg(plain).classifier
+        if (found := count_classes(tensors, classifier)) is not None:
+            kwargs["num_classes"] = found
+
+    def construct(**backbone_args: Any) -> ConvMixNet:
+        from_timm = pretrained and tensors is None
+        with hub_errors(f"{ARCH_PREFIX}{plain}", cfg.hf_hub_id or cfg.url or "timm"):
+            backbone = timm.create_model(plain, pretrained=from_timm, cache_dir=cache_dir, **backbone_args)
+        model = ConvMixNet(
+            backbone, stages=stages, mixer=mixer, mixer_args=mixer_args, warm_start=pretrained and not is_mixed
+        )
+        if tensors is not None:
+            load_strictly(
+                model if is_mixed else backbone,
+                tensors,
+                source=str(cfg.file or cfg.hf_hub_id or "The state dict"),
+                fresh_head=fresh_head,
+                num_classes=cfg.num_classes if given else None,
+                filter_fn=None if is_mixed else family_filter(arch),
+            )
+        return model
+
+    if kwargs.get("features_only"):
+        if kwargs.pop("feature_cls", "getter") != "getter":
+            raise FeatureError(
+                "feature_cls: ConvMix models extract features through timm's 'getter' only; leave it out."
+            )
+        if "out_indices" not in kwargs:
+            kwargs["out_indices"] = default_out_indices(arch)
+    return build_model_with_cfg(
+        construct,
+        ARCH_PREFIX + arch,
+        pretrained=False,  # construct has loaded them
+        pretrained_cfg=dataclasses.replace(cfg, state_dict=None).to_dict(),
+        feature_cfg=dict(feature_cls="getter"),
+        **kwargs,
+    )
+
+
+def find_tensors(cfg: PretrainedCfg, plain: str, cache_dir: str | Path | None) -> StateDict | None:
+    """Get the tensors that a cfg points to, or None where it points to what timm itself has for the backbone.
+
+    Args:
+        cfg: Resolved.
+        plain: The backbone's name in timm, with its tag if it has one.
+        cache_dir: Of huggingface_hub.
+
+    Raises:
+        WeightsError: There are no weights, or they cannot be read.
+        HubError: They cannot be fetched.
+    """
+    if cfg.state_dict:
+        return cfg.state_dict
+    if cfg.source != "hf-hub" and cfg.file:
+        return read_state_dict(cfg.file)
+    registered = get_pretrained_cfg(plain)
+    if cfg.source != "hf-hub" and (cfg.hf_hub_id, cfg.url) == (registered.hf_hub_id, registered.url):
+        if not cfg.has_weights:
+            raise WeightsError(f"timm has no pretrained weights for {plain}: use pretrained=False or another tag.")
+        return None
+    if not cfg.hf_hub_id:
+        raise WeightsError(f"{ARCH_PREFIX}{plain}: download {cfg.url} and pass pretrained_cfg_overlay=dict(file=...).")
+    filename = cfg.hf_hub_filename or WEIGHTS_NAME
+    return read_state_dict(
+        download_weights(cfg.hf_hub_id, what=ARCH_PREFIX + plain, filename=filename, cache_dir=cache_dir)
+    )
+
+
+def family_filter(arch: str) -> Filter | None:
+    """The conversion of foreign checkpoints that timm keeps beside an architecture, by its name there."""
+    return getattr(sys.modules[model_entrypoint(arch).__module__], "checkpoint_filter_fn", None)
+
+
+def default_out_indices(arch: str) -> tuple[int, ...]:
+    """The stages that ``timm.create_model(arch, features_only=True)`` returns."""
+    with torch.device("meta"):
+        return tuple(timm.create_model(arch, features_only=True).feature_info.out_indices)
+
+
+register_variants()

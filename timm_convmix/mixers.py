@@ -1,0 +1,148 @@
+"""Mixers: the taps of several stages and the final map in, one map of the final map's shape out.
+
+A mixer knows no backbone, only widths. Adding one is one class and one line in ``MIXERS``. A name, once released,
+never changes its meaning: checkpoints record it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from timm_convmix.errors import MixerError
+
+
+class Mixer(nn.Module):
+    """What every mixer is: built from widths, called with maps.
+
+    Args:
+        in_channels: Channels of each tap, shallow to deep.
+        out_channels: Channels of the final map.
+        device: Where the parameters are made.
+        dtype: Of the parameters.
+    """
+
+    settings: dict[str, Any]
+    """The resolved keyword arguments that rebuild this mixer (JSON values); they are saved with the model."""
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.settings = {}
+
+    def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
+        """Mix.
+
+        Args:
+            taps: One (B, in_channels[i], H_i, W_i) a tap, shallow to deep, on any grids.
+            final: (B, out_channels, H, W).
+
+        Returns:
+            (B, out_channels, H, W), of the dtype of ``final``.
+        """
+        raise NotImplementedError
+
+    def start_as_identity(self) -> None:
+        """Set the parameters so that ``final`` comes out unchanged while every parameter can still learn."""
+        raise NotImplementedError
+
+
+class NoMixer(Mixer):
+    """The plain backbone: the final map unchanged."""
+
+    def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
+        """Return ``final``."""
+        return final
+
+    def start_as_identity(self) -> None:
+        """Nothing to set."""
+
+
+class ConvMix(Mixer):
+    """A learned combination of globally pooled stages, added to the final map.
+
+    ``final + gain * relu(linear(concat(layer_norm(mean(tap)) for tap in taps)))``, broadcast over the grid: a 1x1
+    convolution of multi-level pooled features. The form is this project's own, found by measurement; the paper
+    (Arif, Burchert, Schmidt-Thieme, SCIA 2023, doi:10.1007/978-3-031-31438-4_11) is public only as an abstract.
+
+    The linear layer is a pair of rank ``out_channels // 8`` wherever that has fewer parameters than the full
+    matrix, which holds the mixer under a tenth of any timm backbone. The gain stands after the activation, because
+    a zero before it would have a zero gradient for ever; it is one-dimensional, so timm's optimizers do not decay it.
+
+    Args:
+        in_channels: Channels of each tap, shallow to deep.
+        out_channels: Channels of the final map.
+        rank: Of the linear layer; 0 is the full matrix, None the rule above.
+        device: Where the parameters are made.
+        dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int,
+        *,
+        rank: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, device=device, dtype=dtype)
+        width = sum(in_channels)
+        if rank is None:
+            rank = max(1, out_channels // 8)
+            rank = rank if rank * (width + out_channels) < width * out_channels else 0
+        self.settings = {"rank": rank}
+        self.norms = nn.ModuleList(nn.LayerNorm(channels, device=device, dtype=dtype) for channels in in_channels)
+        self.linear = (
+            nn.Sequential(
+                nn.Linear(width, rank, bias=False, device=device, dtype=dtype),
+                nn.Linear(rank, out_channels, device=device, dtype=dtype),
+            )
+            if rank
+            else nn.Linear(width, out_channels, device=device, dtype=dtype)
+        )
+        self.act = nn.ReLU()
+        self.gain = nn.Parameter(torch.ones(out_channels, device=device, dtype=dtype))
+
+    def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
+        """Add the mix of the pooled taps to every cell of the final map; shapes as in ``Mixer.forward``."""
+        pooled = [norm(tap.mean((2, 3))) for norm, tap in zip(self.norms, taps, strict=True)]  # (B, C_i) each
+        mix = self.gain * self.act(self.linear(torch.cat(pooled, dim=1)))  # (B, out_channels)
+        return final + mix.to(final.dtype)[:, :, None, None]
+
+    def start_as_identity(self) -> None:
+        """Set the gain to zero: the output is ``final`` exactly, and the gain's gradient is not zero."""
+        nn.init.zeros_(self.gain)
+
+
+MIXERS: dict[str, type[Mixer]] = {
+    "convmix": ConvMix,
+    "none": NoMixer,
+}
+
+
+def create_mixer(name: str, in_channels: Sequence[int], out_channels: int, **settings: Any) -> Mixer:
+    """Build a mixer by name.
+
+    Args:
+        name: A key of ``MIXERS``.
+        in_channels: Channels of each tap, shallow to deep.
+        out_channels: Channels of the final map.
+        **settings: The mixer's own keyword arguments, ``device`` and ``dtype`` among them.
+
+    Raises:
+        MixerError: There is no mixer of that name, or it does not know a setting.
+    """
+    if name not in MIXERS:
+        raise MixerError(f"Unknown mixer {name!r}; choose one of {', '.join(map(repr, MIXERS))}.")
+    try:
+        return MIXERS[name](in_channels, out_channels, **settings)
+    except TypeError as error:
+        raise MixerError(f"mixer {name!r} does not take these settings: {error}.") from error

@@ -1,0 +1,292 @@
+"""A timm backbone whose stages are mixed into its final map, and which is otherwise a timm model.
+
+What timm expects of a model is delegated to the backbone; this file adds the prefix ``backbone.`` to the names that
+timm looks up, and the mix to the final map.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.layers import Format, get_device_dtype
+from timm.models import get_model_traits, group_parameters
+from torch import Tensor, nn
+
+from timm_convmix.errors import InputError
+from timm_convmix.mixers import MIXERS, Mixer, create_mixer
+from timm_convmix.stages import choose_stages, read_feature_info, take_indices
+
+ARCH_PREFIX = "convmix_"
+MODULE_PREFIX = "backbone."
+
+
+class ConvMixNet(nn.Module):
+    """A backbone with a mixer between its final map and its head.
+
+    The mixer stands before the backbone in the order of modules, so that the head's parameters stay the last ones
+    (timm's adaptive gradient clipping leaves out the last two).
+
+    Args:
+        backbone: A timm model with a 2-D final map, ``forward_intermediates`` and a ``feature_info`` of two stages
+            or more.
+        stages: Positions in the feature info to tap, negative ones from the end; None takes the up to three before
+            the deepest.
+        mixer: A name in ``timm_convmix.MIXERS``; ``'none'`` is the plain backbone.
+        mixer_args: The mixer's own settings.
+        warm_start: Start as the backbone: the output is exactly the backbone's until the mixer has learned. For a
+            backbone that is trained already.
+
+    Raises:
+        StageError: The backbone has fewer than two stages, or ``stages`` does not fit it.
+        MixerError: There is no such mixer, or it does not know a setting.
+    """
+
+    backbone: Any  # a timm model: more than an nn.Module, and nowhere declared as a type
+    mixer: Mixer
+
+    def __init__(
+        self,
+        backbone: Any,
+        *,
+        stages: Sequence[int] | None = None,
+        mixer: str = "convmix",
+        mixer_args: dict[str, Any] | None = None,
+        warm_start: bool = False,
+    ) -> None:
+        super().__init__()
+        cfg = dict(getattr(backbone, "pretrained_cfg", None) or {})
+        self.arch = cfg.get("architecture") or type(backbone).__name__
+        info = read_feature_info(getattr(backbone, "feature_info", None), name=self.arch)
+        self.stages = choose_stages(len(info), stages, name=self.arch)
+        self.mixer = create_mixer(
+            mixer,
+            [info[stage]["num_chs"] for stage in self.stages],
+            backbone.num_features,
+            **(mixer_args or {}),
+            **get_device_dtype(backbone),
+        )
+        if warm_start:
+            self.mixer.start_as_identity()
+        self.backbone = backbone
+        self.mixer.train(backbone.training)
+        self.training = backbone.training
+        self.in_chans: int = get_model_traits(backbone).get("in_chans", cfg.get("input_size", (3,))[0])
+        self._nhwc = Format(getattr(backbone, "output_fmt", "NCHW")) == Format.NHWC
+
+        self.feature_info = [dict(stage, module=MODULE_PREFIX + stage["module"]) for stage in info]
+        self.feature_info[-1].update(num_chs=backbone.num_features, module="mixer")
+        self.pretrained_cfg = self.default_cfg = cfg | wrapped_cfg_values(cfg)
+        self._mix_args = dict(mixer=mixer, mixer_args=self.mixer.settings, stages=self.stages)
+        self._record()
+
+    def _record(self) -> None:
+        """Keep, where timm saves them from, what rebuilds this instance and how its input differs from the cfg's."""
+        traits = get_model_traits(self.backbone)
+        if "first_conv" in traits:
+            traits["first_conv"] = prefixed(traits["first_conv"])
+        self._traits = {key: traits[key] for key in traits if key not in ("in_chans", "num_classes")}
+        self._model_args = dict(getattr(self.backbone, "_model_args", {}), **self._mix_args)
+
+    # What timm reads of a model -----------------------------------------------------------------------------------
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the head; 0 where there is none."""
+        return self.backbone.num_classes
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the mixed map, the same as of the backbone's final map."""
+        return self.backbone.num_features
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Width of what the classifier reads."""
+        return self.backbone.head_hidden_size
+
+    @property
+    def output_fmt(self) -> str:
+        """Layout of ``forward_features``: the backbone's own, NCHW or NHWC."""
+        return "NHWC" if self._nhwc else "NCHW"
+
+    def get_classifier(self) -> nn.Module:
+        """The backbone's classifier."""
+        return self.backbone.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None, **kwargs: Any) -> None:
+        """Give the backbone a new classifier; device, dtype and mode stay.
+
+        Args:
+            num_classes: Outputs; 0 removes the classifier.
+            global_pool: Pooling before it; None keeps the present one.
+            **kwargs: What else the backbone's own method takes.
+        """
+        self.backbone.reset_classifier(num_classes, global_pool, **kwargs)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the backbone's activations in the backward pass, or stop doing so."""
+        self.backbone.set_grad_checkpointing(enable)
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """Resize a backbone of fixed input size; arguments as of the backbone's own method.
+
+        Raises:
+            InputError: The backbone takes any size, and has no such method.
+        """
+        if not hasattr(self.backbone, "set_input_size"):
+            raise InputError(f"{self.arch} takes any input size its stages can divide: there is nothing to set.")
+        self.backbone.set_input_size(*args, **kwargs)
+        self._record()
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """Depth of a parameter for layer decay: the backbone's own groups, the mixer with the head at the top.
+
+        Args:
+            coarse: Stages instead of blocks.
+
+        Returns:
+            Parameter name -> ordinal, 0 the shallowest.
+        """
+        if hasattr(self.backbone, "group_matcher"):
+            groups = group_parameters(self.backbone, self.backbone.group_matcher(coarse), reverse=True)
+        else:  # what timm's optimizers do with such a backbone
+            from timm.optim import auto_group_layers  # noqa: PLC0415  (import timm alone does not load it)
+
+            groups = auto_group_layers(self.backbone)
+        depth = {MODULE_PREFIX + name: ordinal for name, ordinal in groups.items()}
+        top = max(depth.values())
+        return lambda name: depth.get(name, top)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the backbone's parameters that its authors exempt from weight decay."""
+        names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
+        return {MODULE_PREFIX + name for name in names}
+
+    # From an image to logits --------------------------------------------------------------------------------------
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to the mixed map.
+
+        Args:
+            x: (B, in_chans, H, W).
+
+        Returns:
+            (B, num_features, H', W'), or (B, H', W', num_features) where ``output_fmt`` is NHWC.
+
+        Raises:
+            InputError: The batch has another shape than the backbone takes.
+        """
+        return self._mix(*self._intermediates(x, list(self.stages)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Mixed map to logits, (B, num_classes), or with ``pre_logits`` to (B, head_hidden_size)."""
+        return self.backbone.forward_head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Images to the mixed map and the stages, of which the deepest is the mixed map too.
+
+        Args:
+            x: (B, in_chans, H, W).
+            indices: Stages to return: None all, an integer the last n, else positions in ``feature_info``.
+            norm: Apply the backbone's norm to stages where it has one; the mixed map is normalised anyway.
+            stop_early: Stop at the deepest stage asked for, where the mixed map is not asked for.
+            output_fmt: Of the stages; 'NCHW' only.
+            intermediates_only: Return the stages alone.
+
+        Returns:
+            The mixed map as ``forward_features`` gives it, and a list of (B, num_chs, H_i, W_i), shallow to deep.
+
+        Raises:
+            InputError: The batch, or ``output_fmt``, does not fit.
+            StageError: An index is out of range.
+        """
+        if Format(output_fmt) != Format.NCHW:
+            raise InputError(f"output_fmt={output_fmt!r}: stages are returned as 'NCHW' only.")
+        deepest = len(self.feature_info) - 1
+        take = take_indices(len(self.feature_info), indices, name=self.arch)
+        if intermediates_only and deepest not in take:
+            return self.backbone.forward_intermediates(
+                x, indices=take, norm=norm, stop_early=stop_early, intermediates_only=True
+            )
+        read = sorted({*self.stages, *take} - ({deepest} - {*self.stages}))
+        final, maps = self._intermediates(x, read)
+        by_stage = dict(zip(read, maps, strict=True))
+        final = self._mix(final, [by_stage[stage] for stage in self.stages])
+        by_stage[deepest] = final.permute(0, 3, 1, 2) if self._nhwc else final
+        stages = [by_stage[stage] for stage in take]
+        return stages if intermediates_only else (final, stages)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what is not needed for some stages; ``features_only=True`` calls it.
+
+        Args:
+            indices: Stages to keep, as in ``forward_intermediates``. Where the deepest is among them, everything up to
+                the mixed map stays; where it is not, the mixer goes too.
+            prune_norm: Drop the backbone's last norm, where the mixed map does not need it.
+            prune_head: Drop the head.
+
+        Returns:
+            The positions kept.
+        """
+        deepest = len(self.feature_info) - 1
+        take = take_indices(len(self.feature_info), indices, name=self.arch)
+        if deepest not in take:
+            self.mixer = MIXERS["none"]([], self.num_features)
+            self.stages = ()
+        self.backbone.prune_intermediate_layers(take, prune_norm and deepest not in take, prune_head)
+        return take
+
+    def _intermediates(self, x: Tensor, stages: list[int]) -> tuple[Tensor, list[Tensor]]:
+        """The backbone's final map, in its own layout, and (B, num_chs, H_i, W_i) for each of ``stages``."""
+        check_images(x, self.in_chans, self.arch)
+        return self.backbone.forward_intermediates(x, indices=stages)
+
+    def _mix(self, final: Tensor, taps: Sequence[Tensor]) -> Tensor:
+        """Mix the taps into the final map, whatever its layout."""
+        if self._nhwc:
+            return self.mixer(taps, final.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.mixer(taps, final)
+
+
+@torch.fx.wrap
+def check_images(x: Tensor, in_chans: int, arch: str) -> None:
+    """Refuse a batch of the wrong rank or channels before a layer inside does so in its own words.
+
+    Raises:
+        InputError: ``x`` is not (B, in_chans, H, W).
+    """
+    if x.ndim != 4 or x.shape[1] != in_chans:
+        raise InputError(
+            f"{arch} takes a batch of shape (B, {in_chans}, H, W), got {tuple(x.shape)};"
+            " for another number of channels create the model with in_chans=..."
+        )
+
+
+def prefixed(names: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
+    """Names of the backbone's modules as the wrapper knows them."""
+    if names is None:
+        return None
+    return MODULE_PREFIX + names if isinstance(names, str) else tuple(MODULE_PREFIX + name for name in names)
+
+
+def wrapped_cfg_values(cfg: dict[str, Any]) -> dict[str, Any]:
+    """What changes in a backbone's pretrained cfg (as a dict) once it is wrapped: the names, not the data."""
+    return dict(
+        architecture=ARCH_PREFIX + cfg["architecture"] if cfg.get("architecture") else None,
+        first_conv=prefixed(cfg.get("first_conv")),
+        classifier=prefixed(cfg.get("classifier")),
+    )

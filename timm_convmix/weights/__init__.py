@@ -1,0 +1,1 @@
+"""The weights wing: from bytes to a loaded model."""
