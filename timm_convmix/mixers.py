@@ -4,7 +4,7 @@ A mixer knows no backbone, only widths. Adding one is one class and one line in 
 never changes its meaning: checkpoints record it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,30 +12,22 @@ from torch import Tensor, nn
 
 from timm_convmix.errors import MixerError
 
+WARM_START_SCALE = 10.0
+"""How much larger a warm start's activations are than those of a start from scratch.
+
+Measured on digits, one epoch of 45 steps from a ResNet-18 trained on CIFAR-10: with AdamW at 5e-5 and layer decay 0.7
+the mix grows to 0.1, 1.2 and 3.5 percent of the final map at scales 1, 10 and 30; with SGD at 0.01 and 0.1, 30 harms
+the accuracy and diverges, 10 does neither.
+"""
+
 
 class Mixer(nn.Module):
-    """What every mixer is: built from widths, called with maps.
+    """What every mixer is: built from ``(in_channels, out_channels, *, device, dtype)``, called with maps."""
 
-    Args:
-        in_channels: Channels of each tap, shallow to deep.
-        out_channels: Channels of the final map.
-        device: Where the parameters are made.
-        dtype: Of the parameters.
-    """
-
-    settings: dict[str, Any]
-    """The resolved keyword arguments that rebuild this mixer (JSON values); they are saved with the model."""
-
-    def __init__(
-        self,
-        in_channels: Sequence[int],
-        out_channels: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.settings = {}
+        self.settings: dict[str, Any] = {}
+        """The resolved keyword arguments that rebuild this mixer (JSON values); they are saved with the model."""
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Mix.
@@ -55,7 +47,10 @@ class Mixer(nn.Module):
 
 
 class NoMixer(Mixer):
-    """The plain backbone: the final map unchanged."""
+    """The plain backbone: the final map unchanged. It takes the arguments of any mixer and needs none."""
+
+    def __init__(self, *_: Sequence[int] | int, **__: Any) -> None:
+        super().__init__()
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Return ``final``."""
@@ -82,6 +77,9 @@ class ConvMix(Mixer):
         rank: Of the linear layer; 0 is the full matrix, None the rule above.
         device: Where the parameters are made.
         dtype: Of the parameters.
+
+    Raises:
+        MixerError: ``rank`` is negative.
     """
 
     def __init__(
@@ -93,36 +91,40 @@ class ConvMix(Mixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, device=device, dtype=dtype)
+        super().__init__()
         width = sum(in_channels)
         if rank is None:
             rank = max(1, out_channels // 8)
             rank = rank if rank * (width + out_channels) < width * out_channels else 0
+        if rank < 0:
+            raise MixerError(f"rank={rank} of mixer 'convmix' must be 0 (the full matrix) or more.")
         self.settings = {"rank": rank}
-        self.norms = nn.ModuleList(nn.LayerNorm(channels, device=device, dtype=dtype) for channels in in_channels)
-        self.linear = (
-            nn.Sequential(
-                nn.Linear(width, rank, bias=False, device=device, dtype=dtype),
-                nn.Linear(rank, out_channels, device=device, dtype=dtype),
-            )
-            if rank
-            else nn.Linear(width, out_channels, device=device, dtype=dtype)
-        )
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.norms = nn.ModuleList(nn.LayerNorm(channels, **dd) for channels in in_channels)
+        self.reduce = nn.Linear(width, rank, bias=False, **dd) if rank else nn.Identity()
+        self.expand = nn.Linear(rank or width, out_channels, **dd)
         self.act = nn.ReLU()
-        self.gain = nn.Parameter(torch.ones(out_channels, device=device, dtype=dtype))
+        self.gain = nn.Parameter(torch.ones(out_channels, **dd))
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Add the mix of the pooled taps to every cell of the final map; shapes as in ``Mixer.forward``."""
         pooled = [norm(tap.mean((2, 3))) for norm, tap in zip(self.norms, taps, strict=True)]  # (B, C_i) each
-        mix = self.gain * self.act(self.linear(torch.cat(pooled, dim=1)))  # (B, out_channels)
+        mix = self.gain * self.act(self.expand(self.reduce(torch.cat(pooled, dim=1))))  # (B, out_channels)
         return final + mix.to(final.dtype)[:, :, None, None]
 
+    @torch.no_grad()
     def start_as_identity(self) -> None:
-        """Set the gain to zero: the output is ``final`` exactly, and the gain's gradient is not zero."""
+        """Set the gain to zero, so that ``final`` comes out exactly, and widen what it multiplies.
+
+        The gain's gradient is the activation, and fine-tuning rates are made for matrices: at AdamW's 5e-5 a gain in
+        front of activations of unit size would move by a thousandth in an epoch of 45 steps.
+        """
         nn.init.zeros_(self.gain)
+        self.expand.weight.mul_(WARM_START_SCALE)
+        self.expand.bias.mul_(WARM_START_SCALE)
 
 
-MIXERS: dict[str, type[Mixer]] = {
+MIXERS: dict[str, Callable[..., Mixer]] = {
     "convmix": ConvMix,
     "none": NoMixer,
 }

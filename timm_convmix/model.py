@@ -13,7 +13,7 @@ from timm.models import get_model_traits, group_parameters
 from torch import Tensor, nn
 
 from timm_convmix.errors import InputError
-from timm_convmix.mixers import MIXERS, Mixer, create_mixer
+from timm_convmix.mixers import Mixer, NoMixer, create_mixer
 from timm_convmix.stages import choose_stages, read_feature_info, take_indices
 
 ARCH_PREFIX = "convmix_"
@@ -236,24 +236,26 @@ class ConvMixNet(nn.Module):
         Args:
             indices: Stages to keep, as in ``forward_intermediates``. Where the deepest is among them, everything up to
                 the mixed map stays; where it is not, the mixer goes too.
-            prune_norm: Drop the backbone's last norm, where the mixed map does not need it.
-            prune_head: Drop the head.
+            prune_norm: Drop the backbone's last norm, where the mixed map goes too.
+            prune_head: Drop the head; without it ``forward`` and ``forward_head`` mean nothing any more.
 
         Returns:
             The positions kept.
         """
-        deepest = len(self.feature_info) - 1
         take = take_indices(len(self.feature_info), indices, name=self.arch)
-        if deepest not in take:
-            self.mixer = MIXERS["none"]([], self.num_features)
-            self.stages = ()
-        self.backbone.prune_intermediate_layers(take, prune_norm and deepest not in take, prune_head)
+        if len(self.feature_info) - 1 not in take:
+            self.mixer = NoMixer()
+            self.backbone.prune_intermediate_layers(take, prune_norm, prune_head)
+        elif prune_head:  # the backbone's own pruning stops at its deepest stage, short of the final map
+            self.backbone.reset_classifier(0)
+            for name in _head_modules(self.backbone, self.num_features, nhwc=self._nhwc):
+                setattr(self.backbone, name, nn.Identity())
         return take
 
     def _intermediates(self, x: Tensor, stages: list[int]) -> tuple[Tensor, list[Tensor]]:
         """The backbone's final map, in its own layout, and (B, num_chs, H_i, W_i) for each of ``stages``."""
         check_images(x, self.in_chans, self.arch)
-        return self.backbone.forward_intermediates(x, indices=stages)
+        return self.backbone.forward_intermediates(x, indices=stages, stop_early=False)
 
     def _mix(self, final: Tensor, taps: Sequence[Tensor]) -> Tensor:
         """Mix the taps into the final map, whatever its layout."""
@@ -274,6 +276,27 @@ def check_images(x: Tensor, in_chans: int, arch: str) -> None:
             f"{arch} takes a batch of shape (B, {in_chans}, H, W), got {tuple(x.shape)};"
             " for another number of channels create the model with in_chans=..."
         )
+
+
+@torch.no_grad()
+def _head_modules(backbone: Any, num_features: int, *, nhwc: bool) -> set[str]:
+    """Names of a backbone's children that hold parameters and run after its final map, found by running its head."""
+    called = set()
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.add(name.partition(".")[0]))
+        for name, module in backbone.named_modules()
+        if name
+    ]
+    modes = [(module, module.training) for module in backbone.modules()]
+    size = (1, 8, 8, num_features) if nhwc else (1, num_features, 8, 8)
+    try:
+        backbone.eval().forward_head(torch.zeros(size, **get_device_dtype(backbone)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes:
+            module.training = training
+    return {name for name in called if any(True for _ in getattr(backbone, name).parameters())}
 
 
 def prefixed(names: str | Sequence[str] | None) -> str | tuple[str, ...] | None:
