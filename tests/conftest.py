@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from sklearn.datasets import load_digits
 
 import timm_convmix  # noqa: F401  (registers the variants)
 
@@ -55,3 +57,16 @@ def save_plain(tmp_path):
         return model, path
 
     return save
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """scikit-learn's 1,797 scanned digits as an image folder for timm: train/CLASS/*.png and validation/CLASS/*.png."""
+    root = tmp_path_factory.mktemp("digits")
+    data = load_digits()
+    for index, (pixels, label) in enumerate(zip(data.images, data.target, strict=True)):
+        folder = root / ("validation" if index % 5 == 0 else "train") / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray((pixels * 255 / 16).astype("uint8")).convert("RGB")
+        image.resize((32, 32)).save(folder / f"{index:04}.png")
+    return root

@@ -44,12 +44,15 @@ def register_variants() -> None:
     """Register ``convmix_<arch>`` for each architecture of timm whose cfg has a ``pool_size``, so a 2-D final map."""
     for arch in list_models():
         variant = ARCH_PREFIX + arch
-        cfgs = get_arch_pretrained_cfgs(arch)
-        if is_model(variant) or not cfgs or next(iter(cfgs.values())).pool_size is None:
+        cfgs = {} if arch.startswith(ARCH_PREFIX) else get_arch_pretrained_cfgs(arch)
+        if not cfgs or next(iter(cfgs.values())).pool_size is None:
             continue
         tags = {split_model_name_tag(name)[1]: derived_cfg(cfg, name) for name, cfg in cfgs.items()}
         default_cfgs[variant] = DefaultCfg(tags=deque(tags), cfgs=tags)  # timm's order: the first tag is the default
-        setattr(sys.modules[__name__], variant, register_model(entrypoint(arch)))
+        known = is_model(variant)  # by an earlier import of this module, or by timm itself
+        function = model_entrypoint(variant) if known else register_model(entrypoint(arch))
+        setattr(sys.modules[__name__], variant, function)
+    __all__[:] = default_cfgs
 
 
 def derived_cfg(cfg: PretrainedCfg, name: str) -> PretrainedCfg:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from timm.layers import Format, get_device_dtype
-from timm.models import get_model_traits, group_parameters
+from timm.models import get_model_input_config, get_model_traits, group_parameters
 from torch import Tensor, nn
 
 from timm_convmix.errors import InputError
@@ -255,7 +255,19 @@ class ConvMixNet(nn.Module):
     def _intermediates(self, x: Tensor, stages: list[int]) -> tuple[Tensor, list[Tensor]]:
         """The backbone's final map, in its own layout, and (B, num_chs, H_i, W_i) for each of ``stages``."""
         check_images(x, self.in_chans, self.arch)
-        return self.backbone.forward_intermediates(x, indices=stages, stop_early=False)
+        try:
+            return self.backbone.forward_intermediates(x, indices=stages, stop_early=False)
+        except (AssertionError, RuntimeError) as error:
+            height, width = x.shape[-2:]
+            config = get_model_input_config(self)
+            nominal = tuple(config["input_size"][-2:])
+            too_small = min(height, width) < self.feature_info[-1]["reduction"]
+            if not too_small and (not config["fixed_input_size"] or (height, width) == nominal):
+                raise
+            raise InputError(
+                f"{self.arch} cannot take images of {height}x{width}, it is made for {nominal[0]}x{nominal[1]}"
+                f" ({str(error).splitlines()[0]}) Resize them, or create the model with img_size=... where it has that."
+            ) from error
 
     def _mix(self, final: Tensor, taps: Sequence[Tensor]) -> Tensor:
         """Mix the taps into the final map, whatever its layout."""

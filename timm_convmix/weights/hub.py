@@ -6,6 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
+from safetensors import SafetensorError
 
 from timm_convmix.errors import HubError, WeightsError
 from timm_convmix.version import __version__
@@ -23,9 +24,15 @@ def hub_errors(what: str, source: str) -> Iterator[None]:
 
     Raises:
         HubError: The block raised an error of the network, the Hub or the cache.
+        WeightsError: The block met a safetensors file that is cut short or corrupt.
     """
     try:
         yield
+    except SafetensorError as error:
+        raise WeightsError(
+            f"{what}: the cached copy of {source} is not a sound safetensors file ({error}); remove it from the cache"
+            " (`hf cache rm`, or cache_dir) and load again."
+        ) from error
     except (OSError, HTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise HubError(

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from timm_convmix.errors import MixerError
+from timm_convmix.mixers import MIXERS, ConvMix, NoMixer, create_mixer
+
+CHANNELS, OUT = (8, 16, 24), 40
+
+
+def maps(batch=2, dtype=torch.float32):
+    taps = [torch.randn(batch, c, s, s + 1, dtype=dtype) for c, s in zip(CHANNELS, (31, 15, 7), strict=True)]
+    return taps, torch.randn(batch, OUT, 4, 3, dtype=dtype)
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_convmix_is_its_formula(rank):
+    mixer = ConvMix(CHANNELS, OUT, rank=rank)
+    torch.nn.init.normal_(mixer.gain)
+    for norm in mixer.norms:
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    taps, final = maps()
+    rows = []
+    for b in range(2):
+        vector = torch.cat(
+            [
+                F.layer_norm(tap[b].flatten(1).mean(1), (tap.shape[1],)) * norm.weight + norm.bias
+                for tap, norm in zip(taps, mixer.norms, strict=True)
+            ]
+        )
+        matrix = mixer.expand.weight @ mixer.reduce.weight if rank else mixer.expand.weight
+        rows.append(final[b] + (mixer.gain * (matrix @ vector + mixer.expand.bias).clamp(min=0))[:, None, None])
+    torch.testing.assert_close(mixer(taps, final), torch.stack(rows))
+
+
+def test_rank_follows_from_the_channels():
+    assert ConvMix((256, 512, 1024), 2048).settings == {"rank": 256}
+    assert ConvMix((2, 2), 64).settings == {"rank": 0}  # a pair would be larger than the matrix
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_a_mixer_can_start_as_the_identity(name):
+    mixer = create_mixer(name, CHANNELS, OUT)
+    taps, final = maps()
+    mixer.start_as_identity()
+    assert torch.equal(mixer(taps, final), final)
+
+
+def test_everything_moves_within_two_steps_of_a_warm_start():
+    mixer = ConvMix(CHANNELS, OUT)
+    mixer.start_as_identity()
+    before = {name: p.detach().clone() for name, p in mixer.named_parameters()}
+    optimizer = torch.optim.AdamW(mixer.parameters(), lr=1e-3, weight_decay=0)
+    for _ in range(2):
+        taps, final = maps()
+        optimizer.zero_grad()
+        (mixer(taps, final) - torch.ones_like(final)).square().mean().backward()
+        optimizer.step()
+    assert not [name for name, p in mixer.named_parameters() if torch.equal(p, before[name])]
+
+
+def test_a_single_image_trains():
+    taps, final = maps(batch=1)
+    mixer = ConvMix(CHANNELS, OUT).train()
+    mixer(taps, final).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
+
+
+def test_autocast_keeps_the_dtype_of_the_map():
+    taps, final = maps(dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ConvMix(CHANNELS, OUT)(taps, final).dtype == torch.bfloat16
+
+
+def test_settings_rebuild_the_mixer():
+    mixer = ConvMix(CHANNELS, OUT)
+    again = create_mixer("convmix", CHANNELS, OUT, **mixer.settings)
+    again.load_state_dict(mixer.state_dict())
+    taps, final = maps()
+    assert torch.equal(again(taps, final), mixer(taps, final))
+    assert isinstance(create_mixer("none", CHANNELS, OUT, device="meta"), NoMixer)
+
+
+def test_wrong_names_and_settings_are_refused():
+    with pytest.raises(MixerError, match=r"Unknown mixer 'fpn'; choose one of 'convmix', 'none'"):
+        create_mixer("fpn", CHANNELS, OUT)
+    with pytest.raises(MixerError, match=r"mixer 'convmix' does not take these settings: .*'width'"):
+        create_mixer("convmix", CHANNELS, OUT, width=3)
+    with pytest.raises(MixerError, match=r"rank=-1 of mixer 'convmix' must be 0"):
+        create_mixer("convmix", CHANNELS, OUT, rank=-1)
