@@ -147,7 +147,7 @@ def test_a_warm_start_learns_to_mix_at_fine_tuning_rates(run, digits, tmp_path):
     share = ((mixed - final).mean((2, 3)).norm() / final.mean((2, 3)).norm()).item()
     nn.init.zeros_(model.mixer.gain)
     _, plain_loss = evaluate(model, validation)
-    assert share > 0.01
+    assert share > 0.005  # 0.001 where the warm start does not widen what the gain multiplies
     assert mixed_loss < plain_loss
 
 
@@ -156,7 +156,7 @@ def ddp_worker(rank, world, store, root, results):
     torch.manual_seed(0)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     model = DistributedDataParallel(train_py_model())
-    images = loader(root, "train", distributed=True)
+    images = loader(root, "train", batch_size=16, distributed=True)
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.05, momentum=0.9)
     for epoch in range(2):
         images.sampler.set_epoch(epoch)

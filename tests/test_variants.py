@@ -1,0 +1,39 @@
+"""Every registered variant is built and run, on the meta device: shapes without arithmetic."""
+
+import pytest
+import timm
+import torch
+from conftest import FAMILIES
+
+
+def check(name):
+    """Return what is wrong with a variant, or nothing."""
+    model = timm.create_model(name, device="meta").eval()
+    config = model.pretrained_cfg
+    x = torch.zeros(2, *config["input_size"], device="meta")
+    final, stages = model.forward_intermediates(x)
+    channels_first = final.permute(0, 3, 1, 2) if model.output_fmt == "NHWC" else final
+    assert channels_first.shape[1] == model.num_features == model.feature_info[-1]["num_chs"]
+    assert [tuple(stage.shape[:2]) for stage in stages] == [(2, info["num_chs"]) for info in model.feature_info]
+    assert all(getattr(stage, "ndim", 0) == 4 for stage in stages)
+    assert len(model.stages) == min(3, len(stages) - 1)
+    logits = model.forward_head(final)
+    assert logits.shape[1] == (model.num_classes or model.head_hidden_size)
+    modules = dict(model.named_modules())
+    for key in ("first_conv", "classifier"):
+        names = config[key] or ()
+        missing = [n for n in ([names] if isinstance(names, str) else names) if n not in modules]
+        assert not missing, f"{key} names {missing}"
+    added = sum(p.numel() for p in model.mixer.parameters()) / sum(p.numel() for p in model.backbone.parameters())
+    assert added <= 0.10, f"the mixer adds {added:.1%} parameters"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_variant_runs(family):
+    archs = [arch for arch in timm.list_models(module=family) if timm.is_model(f"convmix_{arch}")]
+    assert archs
+    for arch in archs:
+        try:
+            check(f"convmix_{arch}")
+        except Exception as error:
+            raise AssertionError(f"convmix_{arch}") from error
