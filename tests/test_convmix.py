@@ -8,7 +8,7 @@ import warnings
 import pytest
 import timm
 import torch
-from conftest import FAMILIES
+from families import FAMILIES
 from safetensors.torch import load_file, save_file
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, model_entrypoint, save_for_hf
 
@@ -117,22 +117,6 @@ print([o for o in opened if isinstance(o[1], str) and not "__pycache__" in o[1]]
 
 
 # The load path -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hub_cache(tmp_path, save_plain):
-    """A Hub cache as a download of timm's weights leaves it."""
-
-    def fill(repo, path):
-        folder = tmp_path / "cache" / f"models--{repo.replace('/', '--')}"
-        (folder / "refs").mkdir(parents=True)
-        (folder / "refs" / "main").write_text(COMMIT)
-        (folder / "snapshots" / COMMIT).mkdir(parents=True)
-        target = folder / "snapshots" / COMMIT / "model.safetensors"
-        target.write_bytes(path.read_bytes())
-        return target
-
-    return fill
 
 
 def test_a_tag_is_an_exact_warm_start_from_the_hub(tmp_path, hub_cache, save_plain):

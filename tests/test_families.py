@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from conftest import FAMILIES, smallest
+from families import FAMILIES, smallest
 from timm.models import group_parameters
 
 families = pytest.mark.parametrize("family", FAMILIES)

@@ -3,7 +3,7 @@
 import pytest
 import timm
 import torch
-from conftest import FAMILIES
+from families import FAMILIES
 
 
 def check(name):

@@ -180,7 +180,8 @@ class ConvMixNet(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Mixed map to logits, (B, num_classes), or with ``pre_logits`` to (B, head_hidden_size)."""
-        return self.backbone.forward_head(x, pre_logits=pre_logits)
+        kwargs = dict(pre_logits=True) if pre_logits else {}  # an encoder without classifier does not know the word
+        return self.backbone.forward_head(x, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to logits (B, num_classes)."""

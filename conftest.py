@@ -1,11 +1,13 @@
 """Offline before anything imports the Hub client; one thread a worker; the same seed for every test."""
 
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="hub-cache-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import functools
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,27 +16,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
 
 import timm_convmix  # noqa: F401  (registers the variants)
 
 torch.set_num_threads(1)
 
-FAMILIES = sorted(
-    module
-    for module in timm.list_modules()
-    if module != "convmix" and any(timm.is_model(f"convmix_{arch}") for arch in timm.list_models(module=module))
-)
-
-
-@functools.cache
-def smallest(family):
-    """The backbone of a timm module with the fewest parameters, among those that have a variant."""
-
-    def size(arch):
-        with torch.device("meta"):
-            return sum(p.numel() for p in timm.create_model(arch).parameters())
-
-    return min((arch for arch in timm.list_models(module=family) if timm.is_model(f"convmix_{arch}")), key=size)
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +59,31 @@ def digits(tmp_path_factory):
         image = Image.fromarray((pixels * 255 / 16).astype("uint8")).convert("RGB")
         image.resize((32, 32)).save(folder / f"{index:04}.png")
     return root
+
+
+@pytest.fixture
+def hub_cache(tmp_path):
+    """Put a weight file where a download from the Hub leaves it."""
+
+    def fill(repo, weights, cache=tmp_path / "cache"):
+        folder = Path(cache) / f"models--{repo.replace('/', '--')}"
+        snapshot = folder / "snapshots" / COMMIT
+        snapshot.mkdir(parents=True)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(COMMIT)
+        return Path(shutil.copy(weights, snapshot / "model.safetensors"))
+
+    return fill
+
+
+@pytest.fixture
+def readme_weights(hub_cache, save_plain):
+    """Random weights in the Hub's cache for what the README loads: the whole way but the transfer and the accuracy."""
+    _, weights = save_plain("resnet50")
+    if not (Path(os.environ["HF_HUB_CACHE"]) / "models--timm--resnet50.a1_in1k").exists():
+        hub_cache("timm/resnet50.a1_in1k", weights, os.environ["HF_HUB_CACHE"])
+
+
+pytest_collect_file = Sybil(
+    parsers=[PythonCodeBlockParser()], pattern="README.md", fixtures=["readme_weights"]
+).pytest()

@@ -1,0 +1,65 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import timm
+
+from timm_convmix import cli, list_weights
+
+
+def run(capsys, *arguments):
+    status = cli.main(arguments)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_list_knows_every_tag(capsys):
+    status, out, _ = run(capsys, "list", "--json")
+    rows = json.loads(out)
+    assert status == 0
+    assert [row["name"] for row in rows] == timm.list_models("convmix_*", include_tags=True)
+    assert {row["name"] for row in rows if row["weights"]} == {
+        name for name in timm.list_pretrained("convmix_*") if "." in name
+    }
+
+
+def test_list_filters_by_name_weights_and_licence(capsys):
+    _, out, _ = run(capsys, "list", "resnet18*", "--license", "cc-by-nc-*", "--json")
+    rows = json.loads(out)
+    assert rows == list_weights("convmix_resnet18.fb_*")
+    assert {(row["weights"], row["license"]) for row in rows} == {("warm start", "cc-by-nc-4.0")}
+    assert rows[0]["source"].startswith("timm/resnet18.fb_")
+    _, out, _ = run(capsys, "list", "resnet50_mlp", "--pretrained", "--json")
+    assert json.loads(out) == []
+
+
+def test_list_as_a_table(capsys):
+    _, out, _ = run(capsys, "list", "resnet18.a1_in1k")
+    header, row = out.splitlines()
+    assert header.split() == ["name", "weights", "source", "license"]
+    assert row.split() == ["convmix_resnet18.a1_in1k", "warm", "start", "timm/resnet18.a1_in1k", "apache-2.0"]
+    assert run(capsys, "list", "no_such_net")[1] == "nothing matches\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["list", "--help"], ["--version"]])
+def test_it_explains_itself(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    captured = capsys.readouterr()
+    assert stop.value.code == (0 if arguments else 2)
+    assert "timm-convmix" in captured.out + captured.err
+
+
+def test_expected_errors_are_one_line(capsys, monkeypatch):
+    def fail(pattern):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("timm_convmix.cli.models.list_weights", fail)
+    assert run(capsys, "list") == (1, "", "timm-convmix list: the disk is gone\n")
+
+
+def test_as_a_module():
+    command = [sys.executable, "-m", "timm_convmix", "list", "resnet18.a1_in1k", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)[0]["name"] == "convmix_resnet18.a1_in1k"
