@@ -19,9 +19,9 @@ def test_segmentation_models_pytorch(decoder, photographs):
     smp = pytest.importorskip("segmentation_models_pytorch")
     model = getattr(smp, decoder)("tu-convmix_resnet18", encoder_weights=None, classes=2)
     masks = (photographs.mean(1) > photographs.mean()).long()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     losses = []
-    for _ in range(3):
+    for _ in range(5):
         optimizer.zero_grad()
         losses.append(F.cross_entropy(model(photographs), masks))
         losses[-1].backward()
