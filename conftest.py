@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
+from timm.utils import random_seed
 
 import timm_convmix  # noqa: F401  (registers the variants)
 
@@ -28,7 +29,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture(autouse=True)
 def seed():
-    torch.manual_seed(0)
+    random_seed(0)
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ def floor(name):
     return next(height for height, layer in enumerate(LAYERS) if name in layer)
 
 
-@pytest.mark.parametrize(("name", "path"), modules())
+@pytest.mark.parametrize(("name", "path"), list(modules()))
 def test_imports_point_one_way(name, path):
     known = set().union(*LAYERS)
     for imported in imports(path):
