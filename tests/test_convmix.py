@@ -144,6 +144,12 @@ def test_no_network(tmp_path):
     assert "\n" not in message
 
 
+def test_no_network_for_weights_that_are_on_no_hub(tmp_path):
+    name = next(n for n in timm.list_pretrained("convmix_*") if not get_pretrained_cfg(n).hf_hub_id)
+    with pytest.raises(HubError, match=r"from https://.* fetch them ahead and pass pretrained_cfg_overlay=dict\(file="):
+        timm.create_model(name, pretrained=True, cache_dir=tmp_path)
+
+
 def test_an_architecture_without_weights_says_so():
     arch = next(
         a for a in timm.list_models("resnet5*") if not any(c.has_weights for c in get_arch_pretrained_cfgs(a).values())
@@ -254,6 +260,15 @@ def test_local_dir_round_trip(tmp_path, mixer):
     assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=2).num_classes == 2
     features = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, features_only=True).eval()
     assert torch.equal(features(x)[-1], source.forward_features(x))
+
+
+@pytest.mark.parametrize("arch", [ARCH, "test_convnext"])  # one pools beside its head, the other inside
+def test_a_changed_pooling_is_saved(tmp_path, arch):
+    source = trained(f"convmix_{arch}", num_classes=6)
+    source.reset_classifier(4, "max")
+    save_for_hf(source, tmp_path, safe_serialization=True)
+    x = images()
+    assert torch.equal(logits(timm.create_model(f"local-dir:{tmp_path}", pretrained=True), x), logits(source, x))
 
 
 def test_what_is_saved_is_resolved(tmp_path):

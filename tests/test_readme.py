@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
+from families import FAMILIES
 from test_training import needs_scripts, script
 
 ROOT = Path(__file__).parents[1]
@@ -25,6 +27,18 @@ def test_commands(block):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_numbers():
+    if f"with timm {timm.__version__}\n" not in README:
+        pytest.skip("the README counts what another release of timm has")
+    variants = timm.list_models("convmix_*")
+    assert f"  # {len(variants)} with timm {timm.__version__}\n" in README
+    assert f"any of the {len(variants)} architectures" in README
+    assert f"CNNs and hybrids of {len(FAMILIES)} modules" in README
+    model = timm.create_model("convmix_resnet50", device="meta")
+    added = sum(p.numel() for p in model.mixer.parameters()) / sum(p.numel() for p in model.backbone.parameters())
+    assert f"{added:.1%} to ResNet-50".replace("%", " %") in README
 
 
 def test_ci_installs_and_tests_as_the_readme_says():

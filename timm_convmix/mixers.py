@@ -47,9 +47,16 @@ class Mixer(nn.Module):
 
 
 class NoMixer(Mixer):
-    """The plain backbone: the final map unchanged. It takes the arguments of any mixer and needs none."""
+    """The plain backbone: the final map unchanged. It takes what every mixer takes, and needs none of it."""
 
-    def __init__(self, *_: Sequence[int] | int, **__: Any) -> None:
+    def __init__(
+        self,
+        in_channels: Sequence[int] = (),
+        out_channels: int = 0,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:

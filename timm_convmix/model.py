@@ -105,6 +105,16 @@ class ConvMixNet(nn.Module):
         return self.backbone.head_hidden_size
 
     @property
+    def head(self) -> nn.Module | None:
+        """The backbone's head, where it has one of that name: timm reads the pooling from it."""
+        return getattr(self.backbone, "head", None)
+
+    @property
+    def global_pool(self) -> Any:
+        """The backbone's pooling, where it stands outside of the head."""
+        return getattr(self.backbone, "global_pool", None)
+
+    @property
     def output_fmt(self) -> str:
         """Layout of ``forward_features``: the backbone's own, NCHW or NHWC."""
         return "NHWC" if self._nhwc else "NCHW"

@@ -35,9 +35,10 @@ def hub_errors(what: str, source: str) -> Iterator[None]:
         ) from error
     except (OSError, HTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        ahead = "and pass pretrained_cfg_overlay=dict(file=...)" if "://" in source else f"(`hf download {source}`)"
         raise HubError(
             f"{what}: could not get its weights from {source} ({reason.rstrip('.')}). Check the network, HF_ENDPOINT"
-            f" and HF_HUB_OFFLINE, fetch them ahead (`hf download {source}`), or pass pretrained=False."
+            f" and HF_HUB_OFFLINE, fetch them ahead {ahead}, or pass pretrained=False."
         ) from error
 
 
