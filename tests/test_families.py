@@ -29,6 +29,20 @@ def test_warm_start_is_exact(family, save_plain):
 
 
 @families
+def test_a_file_goes_under_another_head(family, save_plain):
+    arch = smallest(family)
+    plain, path = save_plain(arch, num_classes=5)
+    x = images(plain, batch=1)
+    for num_classes in (0, 3):
+        model = timm.create_model(
+            f"convmix_{arch}", pretrained=True, pretrained_cfg_overlay=dict(file=str(path)), num_classes=num_classes
+        )
+        with torch.no_grad():
+            assert torch.equal(model.eval().forward_features(x), plain.forward_features(x))
+        assert model.num_classes == num_classes
+
+
+@families
 def test_features_only(family):
     arch = smallest(family)
     with torch.device("meta"):

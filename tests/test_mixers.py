@@ -5,11 +5,11 @@ from torch.nn import functional as F
 from timm_convmix.errors import MixerError
 from timm_convmix.mixers import MIXERS, ConvMix, NoMixer, create_mixer
 
-CHANNELS, OUT = (8, 16, 24), 40
+CHANNELS, OUT = {1: 8, 2: 16, 4: 24}, 40
 
 
 def maps(batch=2, dtype=torch.float32):
-    taps = [torch.randn(batch, c, s, s + 1, dtype=dtype) for c, s in zip(CHANNELS, (31, 15, 7), strict=True)]
+    taps = [torch.randn(batch, c, s, s + 1, dtype=dtype) for c, s in zip(CHANNELS.values(), (31, 15, 7), strict=True)]
     return taps, torch.randn(batch, OUT, 4, 3, dtype=dtype)
 
 
@@ -17,7 +17,7 @@ def maps(batch=2, dtype=torch.float32):
 def test_convmix_is_its_formula(rank):
     mixer = ConvMix(CHANNELS, OUT, rank=rank)
     torch.nn.init.normal_(mixer.gain)
-    for norm in mixer.norms:
+    for norm in mixer.norms.values():
         torch.nn.init.normal_(norm.weight)
         torch.nn.init.normal_(norm.bias)
     taps, final = maps()
@@ -26,7 +26,7 @@ def test_convmix_is_its_formula(rank):
         vector = torch.cat(
             [
                 F.layer_norm(tap[b].flatten(1).mean(1), (tap.shape[1],)) * norm.weight + norm.bias
-                for tap, norm in zip(taps, mixer.norms, strict=True)
+                for tap, norm in zip(taps, mixer.norms.values(), strict=True)
             ]
         )
         matrix = mixer.expand.weight @ mixer.reduce.weight if rank else mixer.expand.weight
@@ -35,8 +35,8 @@ def test_convmix_is_its_formula(rank):
 
 
 def test_rank_follows_from_the_channels():
-    assert ConvMix((256, 512, 1024), 2048).settings == {"rank": 256}
-    assert ConvMix((2, 2), 64).settings == {"rank": 0}  # a pair would be larger than the matrix
+    assert ConvMix({1: 256, 2: 512, 3: 1024}, 2048).settings == {"rank": 256}
+    assert ConvMix({0: 2, 1: 2}, 64).settings == {"rank": 0}  # a pair would be larger than the matrix
 
 
 @pytest.mark.parametrize("name", MIXERS)

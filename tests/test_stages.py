@@ -51,6 +51,8 @@ def test_indices_are_resolved_as_timm_does():
     assert take_indices(5, None, name="net") == [0, 1, 2, 3, 4]
     assert take_indices(5, 2, name="net") == [3, 4]
     assert take_indices(5, (-1, 0, 4), name="net") == [0, 4]
+    with pytest.raises(StageError, match=r"out_indices=\(\) asks for no stage of net, which has 5"):
+        take_indices(5, (), name="net")
     with pytest.raises(StageError, match=r"out_indices=6 asks for the last 6 stages of net, which has 5"):
         take_indices(5, 6, name="net")
     with pytest.raises(StageError, match=r"out_indices=\(7,\): 7 out of range; net has stages 0 to 4"):

@@ -162,7 +162,7 @@ def create_variant(
                 source=str(cfg.file or cfg.hf_hub_id or "The state dict"),
                 fresh_head=fresh_head,
                 num_classes=cfg.num_classes if given else None,
-                filter_fn=None if is_mixed else family_filter(arch),
+                filter_fn=family_filter(arch, is_mixed=is_mixed),
             )
         return model
 
@@ -212,9 +212,23 @@ def find_tensors(cfg: PretrainedCfg, plain: str, cache_dir: str | Path | None) -
     )
 
 
-def family_filter(arch: str) -> Filter | None:
-    """The conversion of foreign checkpoints that timm keeps beside an architecture, by its name there."""
-    return getattr(sys.modules[model_entrypoint(arch).__module__], "checkpoint_filter_fn", None)
+def family_filter(arch: str, *, is_mixed: bool = False) -> Filter | None:
+    """The conversion that timm keeps beside an architecture, by its name there: foreign names, other window sizes.
+
+    Args:
+        arch: Of the backbone.
+        is_mixed: For the tensors of a ``ConvMixNet``, where the conversion sees the backbone's part alone.
+    """
+    convert: Filter | None = getattr(sys.modules[model_entrypoint(arch).__module__], "checkpoint_filter_fn", None)
+    if convert is None or not is_mixed:
+        return convert
+
+    def convert_backbone(tensors: StateDict, model: Any) -> StateDict:
+        inner = {name.removeprefix(MODULE_PREFIX): tensors[name] for name in tensors if name.startswith(MODULE_PREFIX)}
+        outer = {name: tensors[name] for name in tensors if not name.startswith(MODULE_PREFIX)}
+        return outer | {MODULE_PREFIX + name: tensor for name, tensor in convert(inner, model.backbone).items()}
+
+    return convert_backbone
 
 
 def default_out_indices(arch: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ A mixer knows no backbone, only widths. Adding one is one class and one line in 
 never changes its meaning: checkpoints record it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,11 @@ the accuracy and diverges, 10 does neither.
 
 
 class Mixer(nn.Module):
-    """What every mixer is: built from ``(in_channels, out_channels, *, device, dtype)``, called with maps."""
+    """What every mixer is: built from ``(in_channels, out_channels, *, device, dtype)``, called with maps.
+
+    ``in_channels`` maps the position of each tapped stage to its channels, shallow to deep. A mixer with parameters of
+    a tap's own names them by that position, so that a checkpoint of other stages does not fit by accident.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +37,7 @@ class Mixer(nn.Module):
         """Mix.
 
         Args:
-            taps: One (B, in_channels[i], H_i, W_i) a tap, shallow to deep, on any grids.
+            taps: One (B, C_i, H_i, W_i) a tap, shallow to deep, on any grids.
             final: (B, out_channels, H, W).
 
         Returns:
@@ -51,7 +55,7 @@ class NoMixer(Mixer):
 
     def __init__(
         self,
-        in_channels: Sequence[int] = (),
+        in_channels: Mapping[int, int] | None = None,
         out_channels: int = 0,
         *,
         device: torch.device | str | None = None,
@@ -79,7 +83,7 @@ class ConvMix(Mixer):
     a zero before it would have a zero gradient for ever; it is one-dimensional, so timm's optimizers do not decay it.
 
     Args:
-        in_channels: Channels of each tap, shallow to deep.
+        in_channels: Position of each tapped stage -> its channels, shallow to deep.
         out_channels: Channels of the final map.
         rank: Of the linear layer; 0 is the full matrix, None the rule above.
         device: Where the parameters are made.
@@ -91,7 +95,7 @@ class ConvMix(Mixer):
 
     def __init__(
         self,
-        in_channels: Sequence[int],
+        in_channels: Mapping[int, int],
         out_channels: int,
         *,
         rank: int | None = None,
@@ -99,7 +103,7 @@ class ConvMix(Mixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        width = sum(in_channels)
+        width = sum(in_channels.values())
         if rank is None:
             rank = max(1, out_channels // 8)
             rank = rank if rank * (width + out_channels) < width * out_channels else 0
@@ -107,7 +111,7 @@ class ConvMix(Mixer):
             raise MixerError(f"rank={rank} of mixer 'convmix' must be 0 (the full matrix) or more.")
         self.settings = {"rank": rank}
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        self.norms = nn.ModuleList(nn.LayerNorm(channels, **dd) for channels in in_channels)
+        self.norms = nn.ModuleDict({str(stage): nn.LayerNorm(c, **dd) for stage, c in in_channels.items()})
         self.reduce = nn.Linear(width, rank, bias=False, **dd) if rank else nn.Identity()
         self.expand = nn.Linear(rank or width, out_channels, **dd)
         self.act = nn.ReLU()
@@ -115,7 +119,7 @@ class ConvMix(Mixer):
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Add the mix of the pooled taps to every cell of the final map; shapes as in ``Mixer.forward``."""
-        pooled = [norm(tap.mean((2, 3))) for norm, tap in zip(self.norms, taps, strict=True)]  # (B, C_i) each
+        pooled = [norm(tap.mean((2, 3))) for norm, tap in zip(self.norms.values(), taps, strict=True)]  # (B, C_i) each
         mix = self.gain * self.act(self.expand(self.reduce(torch.cat(pooled, dim=1))))  # (B, out_channels)
         return final + mix.to(final.dtype)[:, :, None, None]
 
@@ -137,12 +141,12 @@ MIXERS: dict[str, Callable[..., Mixer]] = {
 }
 
 
-def create_mixer(name: str, in_channels: Sequence[int], out_channels: int, **settings: Any) -> Mixer:
+def create_mixer(name: str, in_channels: Mapping[int, int], out_channels: int, **settings: Any) -> Mixer:
     """Build a mixer by name.
 
     Args:
         name: A key of ``MIXERS``.
-        in_channels: Channels of each tap, shallow to deep.
+        in_channels: Position of each tapped stage -> its channels, shallow to deep.
         out_channels: Channels of the final map.
         **settings: The mixer's own keyword arguments, ``device`` and ``dtype`` among them.
 

@@ -60,7 +60,7 @@ class ConvMixNet(nn.Module):
         self.stages = choose_stages(len(info), stages, name=self.arch)
         self.mixer = create_mixer(
             mixer,
-            [info[stage]["num_chs"] for stage in self.stages],
+            {stage: info[stage]["num_chs"] for stage in self.stages},
             backbone.num_features,
             **(mixer_args or {}),
             **get_device_dtype(backbone),
@@ -186,7 +186,7 @@ class ConvMixNet(nn.Module):
         Raises:
             InputError: The batch has another shape than the backbone takes.
         """
-        return self._mix(*self._intermediates(x, list(self.stages)))
+        return self._mix(*self._intermediates(x, indices=list(self.stages), stop_early=False))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Mixed map to logits, (B, num_classes), or with ``pre_logits`` to (B, head_hidden_size)."""
@@ -228,11 +228,9 @@ class ConvMixNet(nn.Module):
         deepest = len(self.feature_info) - 1
         take = take_indices(len(self.feature_info), indices, name=self.arch)
         if intermediates_only and deepest not in take:
-            return self.backbone.forward_intermediates(
-                x, indices=take, norm=norm, stop_early=stop_early, intermediates_only=True
-            )
+            return self._intermediates(x, indices=take, norm=norm, stop_early=stop_early, intermediates_only=True)
         read = sorted({*self.stages, *take} - ({deepest} - {*self.stages}))
-        final, maps = self._intermediates(x, read)
+        final, maps = self._intermediates(x, indices=read, stop_early=False)
         by_stage = dict(zip(read, maps, strict=True))
         final = self._mix(final, [by_stage[stage] for stage in self.stages])
         by_stage[deepest] = final.permute(0, 3, 1, 2) if self._nhwc else final
@@ -263,21 +261,21 @@ class ConvMixNet(nn.Module):
                 setattr(self.backbone, name, nn.Identity())
         return take
 
-    def _intermediates(self, x: Tensor, stages: list[int]) -> tuple[Tensor, list[Tensor]]:
-        """The backbone's final map, in its own layout, and (B, num_chs, H_i, W_i) for each of ``stages``."""
+    def _intermediates(self, x: Tensor, **kwargs: Any) -> Any:
+        """What the backbone's own ``forward_intermediates`` returns, its final map in its own layout."""
         check_images(x, self.in_chans, self.arch)
         try:
-            return self.backbone.forward_intermediates(x, indices=stages, stop_early=False)
+            return self.backbone.forward_intermediates(x, **kwargs)
         except (AssertionError, RuntimeError) as error:
             height, width = x.shape[-2:]
-            config = get_model_input_config(self)
-            nominal = tuple(config["input_size"][-2:])
-            too_small = min(height, width) < self.feature_info[-1]["reduction"]
-            if not too_small and (not config["fixed_input_size"] or (height, width) == nominal):
+            nominal = tuple(get_model_input_config(self)["input_size"][-2:])
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            about_size = isinstance(error, AssertionError) or "size" in reason
+            if isinstance(error, torch.OutOfMemoryError) or (height, width) == nominal or not about_size:
                 raise
             raise InputError(
                 f"{self.arch} cannot take images of {height}x{width}, it is made for {nominal[0]}x{nominal[1]}"
-                f" ({str(error).splitlines()[0]}) Resize them, or create the model with img_size=... where it has that."
+                f" ({reason}). Resize them, or create the model with img_size=... where it has that."
             ) from error
 
     def _mix(self, final: Tensor, taps: Sequence[Tensor]) -> Tensor:

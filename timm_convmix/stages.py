@@ -65,7 +65,7 @@ def take_indices(count: int, indices: int | Sequence[int] | None, *, name: str) 
         Ascending positions in ``range(count)``, each once, the order in which timm's own models return them.
 
     Raises:
-        StageError: A position, or the number of last stages, is out of range.
+        StageError: A position, or the number of last stages, is out of range, or there is none.
     """
     if indices is None:
         return list(range(count))
@@ -73,7 +73,9 @@ def take_indices(count: int, indices: int | Sequence[int] | None, *, name: str) 
         if not 0 < indices <= count:
             raise StageError(f"out_indices={indices} asks for the last {indices} stages of {name}, which has {count}.")
         return list(range(count - indices, count))
-    return sorted(set(_positions(count, indices, argument="out_indices", name=name)))
+    if not (positions := _positions(count, indices, argument="out_indices", name=name)):
+        raise StageError(f"out_indices=() asks for no stage of {name}, which has {count}.")
+    return sorted(set(positions))
 
 
 def _positions(count: int, indices: Sequence[int], *, argument: str, name: str) -> list[int]:

@@ -12,6 +12,9 @@ from timm_convmix.errors import WeightsError
 from timm_convmix.weights.hub import WEIGHTS_NAME
 
 StateDict = dict[str, Tensor]
+OPTIONAL = ".num_batches_tracked"
+"""Absent from checkpoints older than torch 0.4.1; torch fills it in."""
+
 Filter = Callable[[StateDict, nn.Module], StateDict]
 
 
@@ -80,7 +83,8 @@ def load_strictly(
         WeightsError: Something else than the replaced head or the stem's input channels differs.
     """
     cfg: dict[str, Any] = dict(model.pretrained_cfg, state_dict=state_dict, source=None, label_offset=0)
-    heads = {f"{name}.{leaf}" for name in names_of(cfg.get("classifier")) for leaf in ("weight", "bias")}
+    classifiers = names_of(cfg.get("classifier"))
+    heads = {f"{name}.{leaf}" for name in classifiers for leaf in ("weight", "bias")}
     stems = [f"{name}.weight" for name in names_of(cfg.get("first_conv"))]
     refused = f"{source} is not a checkpoint of {cfg.get('architecture', type(model).__name__)}"
 
@@ -92,8 +96,11 @@ def load_strictly(
         own = model.state_dict()
         cfg["num_classes"] = count_classes(tensors, cfg.get("classifier")) if num_classes is None else num_classes
         free = heads if fresh_head and cfg["num_classes"] != model.num_classes else set()
+        if free and model.num_classes == 0:  # a norm that stands beside the classifier goes with it in some families
+            parents = {name.rpartition(".")[0] for name in classifiers} - {"", "backbone"}
+            free = free | {name for name in tensors.keys() - own.keys() if name.startswith(tuple(parents))}
         faults = {
-            "missing": own.keys() - tensors.keys() - free,
+            "missing": {name for name in own.keys() - tensors.keys() - free if not name.endswith(OPTIONAL)},
             "unexpected": tensors.keys() - own.keys() - free,
             "of another shape": {
                 name
