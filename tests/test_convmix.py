@@ -261,7 +261,7 @@ def test_local_dir_round_trip(tmp_path, mixer):
     save_for_hf(source, tmp_path, safe_serialization=True)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architecture"] == VARIANT
-    assert (config["model_args"]["mixer"], config["model_args"]["stages"]) == (mixer, [-2, 0])
+    assert (config["model_args"]["mixer"], config["model_args"]["stages"]) == (mixer, [0, 3])
     model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     x = images()
     assert torch.equal(logits(model, x), logits(source, x))
@@ -335,6 +335,14 @@ def test_another_mixer_or_other_stages_are_refused(tmp_path):
         from_file(tmp_path / "model.safetensors", stages=(0, 2, 3))  # stage 0 is as wide as stage 1
     with pytest.raises(WeightsError, match=r"unexpected \(mixer\."):
         from_file(tmp_path / "model.safetensors", mixer="none")
+
+
+def test_another_stem_is_refused(tmp_path):
+    state = trained().state_dict()
+    state["backbone.conv1.0.weight"] = torch.zeros(24, 3, 1, 1)
+    save_file(state, tmp_path / "stem.safetensors")
+    with pytest.raises(WeightsError, match=r"1 of another shape \(backbone\.conv1\.0\.weight\)"):
+        from_file(tmp_path / "stem.safetensors")
 
 
 def test_a_file_without_head_needs_num_classes(tmp_path):

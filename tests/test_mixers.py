@@ -89,5 +89,5 @@ def test_wrong_names_and_settings_are_refused():
         create_mixer("convmix", CHANNELS, OUT, width=3)
     with pytest.raises(MixerError, match=r"mixer 'none' does not take these settings: .*'rank'"):
         create_mixer("none", CHANNELS, OUT, rank=3)
-    with pytest.raises(MixerError, match=r"rank=-1 of mixer 'convmix' must be 0"):
+    with pytest.raises(MixerError, match=r"rank=-1 of mixer 'convmix' must be an integer, 0"):
         create_mixer("convmix", CHANNELS, OUT, rank=-1)

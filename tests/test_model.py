@@ -37,6 +37,12 @@ def test_wrapping_what_is_no_timm_model():
         ConvMixNet(torch.nn.Linear(2, 2))
 
 
+def test_wrapping_what_has_no_final_map():
+    model = ConvMixNet(timm.create_model("test_vit"), warm_start=True)
+    with pytest.raises(InputError, match=r"test_vit has no 2-D final map to mix into"):
+        model(torch.randn(1, 3, 160, 160))
+
+
 def test_taps_are_the_same_under_output_stride():
     dilated = timm.create_model("convmix_resnet18", output_stride=8, num_classes=3)
     usual = timm.create_model("convmix_resnet18", num_classes=3)

@@ -4,6 +4,7 @@ A mixer knows no backbone, only widths. Adding one is one class and one line in 
 never changes its meaning: checkpoints record it.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -90,7 +91,7 @@ class ConvMix(Mixer):
         dtype: Of the parameters.
 
     Raises:
-        MixerError: ``rank`` is negative.
+        MixerError: ``rank`` is no integer, or negative.
     """
 
     def __init__(
@@ -107,8 +108,8 @@ class ConvMix(Mixer):
         if rank is None:
             rank = max(1, out_channels // 8)
             rank = rank if rank * (width + out_channels) < width * out_channels else 0
-        if rank < 0:
-            raise MixerError(f"rank={rank} of mixer 'convmix' must be 0 (the full matrix) or more.")
+        if not isinstance(rank, int) or rank < 0:
+            raise MixerError(f"rank={rank!r} of mixer 'convmix' must be an integer, 0 (the full matrix) or more.")
         self.settings = {"rank": rank}
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.norms = nn.ModuleDict({str(stage): nn.LayerNorm(c, **dd) for stage, c in in_channels.items()})
@@ -156,6 +157,7 @@ def create_mixer(name: str, in_channels: Mapping[int, int], out_channels: int, *
     if name not in MIXERS:
         raise MixerError(f"Unknown mixer {name!r}; choose one of {', '.join(map(repr, MIXERS))}.")
     try:
-        return MIXERS[name](in_channels, out_channels, **settings)
+        inspect.signature(MIXERS[name]).bind(in_channels, out_channels, **settings)
     except TypeError as error:
-        raise MixerError(f"mixer {name!r} does not take these settings: {error}.") from error
+        raise MixerError(f"mixer {name!r} does not take these settings: {error}; leave them out.") from error
+    return MIXERS[name](in_channels, out_channels, **settings)

@@ -85,7 +85,16 @@ class ConvMixNet(nn.Module):
         if "first_conv" in traits:
             traits["first_conv"] = prefixed(traits["first_conv"])
         self._traits = {key: traits[key] for key in traits if key not in ("in_chans", "num_classes")}
-        self._model_args = dict(getattr(self.backbone, "_model_args", {}), **self._mix_args)
+        self._model_args = getattr(self.backbone, "_model_args", {})
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What rebuilds this instance; timm writes the caller's raw arguments over it, the resolved mix wins."""
+        return self._build_args | self._mix_args
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        self._build_args = dict(args)
 
     # What timm reads of a model -----------------------------------------------------------------------------------
 
@@ -280,6 +289,7 @@ class ConvMixNet(nn.Module):
 
     def _mix(self, final: Tensor, taps: Sequence[Tensor]) -> Tensor:
         """Mix the taps into the final map, whatever its layout."""
+        check_final(final, self.arch)
         if self._nhwc:
             return self.mixer(taps, final.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.mixer(taps, final)
@@ -318,6 +328,17 @@ def _head_modules(backbone: Any, num_features: int, *, nhwc: bool) -> set[str]:
         for module, training in modes:
             module.training = training
     return {name for name in called if any(True for _ in getattr(backbone, name).parameters())}
+
+
+@torch.fx.wrap
+def check_final(final: Tensor, arch: str) -> None:
+    """Refuse a backbone without a 2-D final map, such as a ViT's (B, tokens, channels), which would broadcast wrongly.
+
+    Raises:
+        InputError: ``final`` is not a batch of maps.
+    """
+    if final.ndim != 4:
+        raise InputError(f"{arch} has no 2-D final map to mix into, its features are {tuple(final.shape)}: use a CNN.")
 
 
 def prefixed(names: str | Sequence[str] | None) -> str | tuple[str, ...] | None:

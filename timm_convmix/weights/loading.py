@@ -54,7 +54,7 @@ def names_of(names: str | Sequence[str] | None) -> list[str]:
 def count_classes(state_dict: StateDict, classifier: str | Sequence[str] | None) -> int | None:
     """Outputs of the classifier in a state dict; None where there is none of that name."""
     weights = [f"{name}.weight" for name in names_of(classifier)]
-    return next((state_dict[name].shape[0] for name in weights if name in state_dict), None)
+    return next((state_dict[name].shape[0] for name in weights if name in state_dict and state_dict[name].ndim), None)
 
 
 def load_strictly(
@@ -97,15 +97,15 @@ def load_strictly(
         cfg["num_classes"] = count_classes(tensors, cfg.get("classifier")) if num_classes is None else num_classes
         free = heads if fresh_head and cfg["num_classes"] != model.num_classes else set()
         if free and model.num_classes == 0:  # a norm that stands beside the classifier goes with it in some families
-            parents = {name.rpartition(".")[0] for name in classifiers} - {"", "backbone"}
+            parents = {f"{name.rpartition('.')[0]}." for name in classifiers} - {".", "backbone."}
             free = free | {name for name in tensors.keys() - own.keys() if name.startswith(tuple(parents))}
         faults = {
             "missing": {name for name in own.keys() - tensors.keys() - free if not name.endswith(OPTIONAL)},
             "unexpected": tensors.keys() - own.keys() - free,
             "of another shape": {
                 name
-                for name in own.keys() & tensors.keys() - free - set(stems)
-                if own[name].shape != tensors[name].shape
+                for name in own.keys() & tensors.keys() - free
+                if _fixed_shape(own[name], name in stems) != _fixed_shape(tensors[name], name in stems)
             },
         }
         if any(faults.values()):
@@ -119,6 +119,11 @@ def load_strictly(
         return tensors
 
     load_pretrained(model, cfg, num_classes=model.num_classes, in_chans=model.in_chans, filter_fn=fit)
+
+
+def _fixed_shape(tensor: Tensor, is_stem: bool) -> tuple[int, ...]:
+    """The sizes that a source must share: of a stem's weight all but the input channels, which can be adapted."""
+    return (*tensor.shape[:1], *tensor.shape[2:], tensor.ndim) if is_stem else tuple(tensor.shape)
 
 
 def _listed(fault: str, names: list[str]) -> str:
