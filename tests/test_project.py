@@ -14,10 +14,12 @@ from timm_convmix.weights.manifest import manifest_path
 PACKAGE = Path(timm_convmix.__file__).parent
 LAYERS = [  # a module imports from lines above its own only
     {"errors", "version"},
-    {"stages", "mixers", "weights.manifest", "weights.hub"},
-    {"model", "weights.loading"},
+    {"stages", "mixers", "stems", "weights.manifest", "weights.hub"},
+    {"model", "weights.loading", "weights.measuring", "weights.card"},
+    {"weights.packing", "weights.publishing", "weights.verifying"},
     {"convmix"},
-    {"cli.output", "cli.models"},
+    {"prediction"},
+    {"cli.output", "cli.models", "cli.scripts", "cli.weights", "cli.predict"},
     {"cli"},
     {"__main__", "__init__", "weights"},
 ]
@@ -77,7 +79,7 @@ def test_the_manifest_is_found():
 def test_the_manifest_is_found_in_a_wheel_and_in_a_checkout(tmp_path, monkeypatch):
     package = tmp_path / "timm_convmix"
     (package / "weights").mkdir(parents=True)
-    monkeypatch.setattr("timm_convmix.weights.manifest.__file__", str(package / "weights" / "manifest.py"))
+    monkeypatch.setattr("timm_convmix.weights.manifest.PACKAGE", package)
     assert manifest_path() == tmp_path / "weights_manifest.json"  # a checkout, installed editable
     (package / "weights_manifest.json").write_text("{}")
     assert manifest_path() == package / "weights_manifest.json"  # a wheel

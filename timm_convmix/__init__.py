@@ -5,11 +5,14 @@
 
 from timm_convmix.convmix import list_weights
 from timm_convmix.errors import (
+    ChecksumError,
     ConvMixError,
     FeatureError,
     HubError,
     InputError,
+    ManifestError,
     MixerError,
+    PackingError,
     StageError,
     WeightsError,
 )
@@ -19,13 +22,16 @@ from timm_convmix.version import __version__
 
 __all__ = [
     "MIXERS",
+    "ChecksumError",
     "ConvMixError",
     "ConvMixNet",
     "FeatureError",
     "HubError",
     "InputError",
+    "ManifestError",
     "Mixer",
     "MixerError",
+    "PackingError",
     "StageError",
     "WeightsError",
     "__version__",

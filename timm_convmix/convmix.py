@@ -30,24 +30,49 @@ from torch import nn
 
 from timm_convmix.errors import FeatureError, WeightsError
 from timm_convmix.model import ARCH_PREFIX, MODULE_PREFIX, ConvMixNet, wrapped_cfg_values
-from timm_convmix.weights.hub import WEIGHTS_NAME, download_weights, hub_errors
-from timm_convmix.weights.loading import Filter, StateDict, count_classes, load_strictly, read_state_dict
+from timm_convmix.stems import register_backbones
+from timm_convmix.weights.hub import WEIGHTS_NAME, hub_errors
+from timm_convmix.weights.loading import (
+    Filter,
+    StateDict,
+    count_classes,
+    load_local,
+    load_record,
+    load_repository,
+    load_strictly,
+)
+from timm_convmix.weights.manifest import Manifest, WeightRecord, embedded_path, read_manifest
 
 __all__: list[str] = []
 default_cfgs: dict[str, DefaultCfg] = {}
+manifest: Manifest = {}
+"""This package's own weights, ``arch.tag`` -> record."""
 
 
 # What is registered ---------------------------------------------------------------------------------------------------
 
 
 def register_variants() -> None:
-    """Register ``convmix_<arch>`` for each architecture of timm whose cfg has a ``pool_size``, so a 2-D final map."""
+    """Register ``convmix_<arch>`` for each architecture of timm whose cfg has a ``pool_size``, so a 2-D final map.
+
+    The manifest's tags come first, so that trained weights are an architecture's default.
+    """
+    manifest.clear()
+    manifest.update(read_manifest())
+    trained: dict[str, dict[str, WeightRecord]] = {}
+    for name in sorted(manifest, key=lambda name: is_baseline(manifest[name])):  # a baseline is nobody's default
+        variant, tag = split_model_name_tag(name)
+        trained.setdefault(variant, {})[tag] = manifest[name]
     for arch in list_models():
         variant = ARCH_PREFIX + arch
         cfgs = {} if arch.startswith(ARCH_PREFIX) else get_arch_pretrained_cfgs(arch)
         if not cfgs or next(iter(cfgs.values())).pool_size is None:
             continue
-        tags = {split_model_name_tag(name)[1]: derived_cfg(cfg, name) for name, cfg in cfgs.items()}
+        derived = {split_model_name_tag(name)[1]: derived_cfg(cfg, name) for name, cfg in cfgs.items()}
+        first = next(iter(derived.values()))
+        tags = {tag: record_cfg(record, first) for tag, record in trained.get(variant, {}).items()} | derived
+        if len(tags) > 1:
+            tags.pop("", None)  # timm would take it for the default wherever it stands
         default_cfgs[variant] = DefaultCfg(tags=deque(tags), cfgs=tags)  # timm's order: the first tag is the default
         known = is_model(variant)  # by an earlier import of this module, or by timm itself
         function = model_entrypoint(variant) if known else register_model(entrypoint(arch))
@@ -71,6 +96,40 @@ def derived_cfg(cfg: PretrainedCfg, name: str) -> PretrainedCfg:
     )
 
 
+def record_cfg(record: WeightRecord, like: PretrainedCfg) -> PretrainedCfg:
+    """The cfg of a manifest's entry.
+
+    Args:
+        record: The entry.
+        like: The cfg of the same architecture's other weights, for the names of its modules.
+    """
+    scale = [own / other for own, other in zip(record.input_size[1:], like.input_size[1:], strict=True)]
+    return PretrainedCfg(
+        file=str(embedded_path(record)) if record.embedded else None,
+        hf_hub_id=f"{record.hub_id}@{record.revision}" if record.state == "published" else None,
+        hf_hub_filename=record.filename if record.state == "published" else None,
+        architecture=like.architecture,
+        input_size=record.input_size,
+        fixed_input_size=like.fixed_input_size,
+        pool_size=tuple(round(size * factor) for size, factor in zip(like.pool_size or (), scale, strict=True)),
+        interpolation=record.interpolation,
+        crop_pct=record.crop_pct,
+        mean=record.mean,
+        std=record.std,
+        num_classes=record.num_classes,
+        label_names=record.label_names,
+        first_conv=like.first_conv,
+        classifier=like.classifier,
+        license=record.license,
+        description=f"Trained on {record.dataset.name}: top-1 {record.metrics.top1:.2f} % ({record.dataset.split}).",
+    )
+
+
+def is_baseline(record: WeightRecord) -> bool:
+    """Whether an entry is a plain backbone, kept for comparison."""
+    return record.model_args.get("mixer") == "none"
+
+
 def entrypoint(arch: str) -> Callable[..., nn.Module]:
     """The function that timm calls to build ``convmix_<arch>``."""
 
@@ -89,14 +148,16 @@ def list_weights(pattern: str = "*") -> list[dict[str, str | None]]:
         pattern: Wildcards over ``arch`` or ``arch.tag``, with or without the prefix ``convmix_``.
 
     Returns:
-        name; weights ('warm start' or None); source, the Hub repository or address of the backbone's weights; license,
-        as timm states it. Sorted by name as timm sorts.
+        name; weights ('trained', 'warm start' or None); source, the Hub repository, the file in this package, or the
+        address of the backbone's weights; license. Sorted by name as timm sorts.
     """
     rows = []
     for name in list_models(ARCH_PREFIX + pattern.removeprefix(ARCH_PREFIX), module="convmix", include_tags=True):
         cfg = get_pretrained_cfg(name)
-        source = cfg.hf_hub_id or cfg.url
-        rows.append(dict(name=name, weights="warm start" if source else None, source=source, license=cfg.license))
+        record = manifest.get(name)
+        source = cfg.hf_hub_id or cfg.url or (record and record.embedded)
+        weights = "trained" if record else "warm start"
+        rows.append(dict(name=name, weights=weights if source else None, source=source, license=cfg.license))
     return rows
 
 
@@ -108,7 +169,7 @@ def create_variant(
     pretrained: bool = False,
     *,
     stages: Sequence[int] | None = None,
-    mixer: str = "convmix",
+    mixer: str | None = None,
     mixer_args: dict[str, Any] | None = None,
     pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
@@ -122,7 +183,7 @@ def create_variant(
         pretrained: Load weights. Those of the plain backbone start the model as exactly that backbone; those of a
             ``ConvMixNet`` are loaded strictly. A file, a folder or a repository may hold either.
         stages: See ``ConvMixNet``.
-        mixer: See ``ConvMixNet``.
+        mixer: See ``ConvMixNet``; None is what the weights were trained with, 'convmix' without such weights.
         mixer_args: See ``ConvMixNet``.
         pretrained_cfg: A tag, or a cfg.
         pretrained_cfg_overlay: Values that replace the cfg's; ``file`` names a file of the user's own.
@@ -139,7 +200,13 @@ def create_variant(
     cfg = resolve_pretrained_cfg(ARCH_PREFIX + arch, pretrained_cfg, pretrained_cfg_overlay)
     tagged = f"{arch}.{cfg.tag}"
     plain = tagged if tagged in get_arch_pretrained_cfgs(arch) else arch
-    tensors = find_tensors(cfg, plain, cache_dir) if pretrained else None
+    record = find_record(f"{ARCH_PREFIX}{arch}", cfg)
+    # an architecture's name alone is built as this version builds it, a weight as it was trained
+    trained_args = record.model_args if record and (pretrained or pretrained_cfg) else {}
+    given_args = dict(stages=stages, mixer=mixer, mixer_args=mixer_args) | kwargs
+    kwargs = trained_args | {key: value for key, value in given_args.items() if value is not None}
+    mix = {key: kwargs.pop(key) for key in ("stages", "mixer", "mixer_args") if key in kwargs}
+    tensors = find_tensors(cfg, record, plain, cache_dir) if pretrained else None
     is_mixed = tensors is not None and all(name.startswith((MODULE_PREFIX, "mixer.")) for name in tensors)
     given = "num_classes" in (pretrained_cfg_overlay or {})
     fresh_head = given or "num_classes" in kwargs
@@ -152,14 +219,12 @@ def create_variant(
         from_timm = pretrained and tensors is None
         with hub_errors(f"{ARCH_PREFIX}{plain}", cfg.hf_hub_id or cfg.url or "timm"):
             backbone = timm.create_model(plain, pretrained=from_timm, cache_dir=cache_dir, **backbone_args)
-        model = ConvMixNet(
-            backbone, stages=stages, mixer=mixer, mixer_args=mixer_args, warm_start=pretrained and not is_mixed
-        )
+        model = ConvMixNet(backbone, **mix, warm_start=pretrained and not is_mixed)
         if tensors is not None:
             load_strictly(
                 model if is_mixed else backbone,
                 tensors,
-                source=str(cfg.file or cfg.hf_hub_id or "The state dict"),
+                source=f"{ARCH_PREFIX}{tagged}" if record else str(cfg.file or cfg.hf_hub_id or "The state dict"),
                 fresh_head=fresh_head,
                 num_classes=cfg.num_classes if given else None,
                 filter_fn=family_filter(arch, is_mixed=is_mixed),
@@ -177,39 +242,55 @@ def create_variant(
         construct,
         ARCH_PREFIX + arch,
         pretrained=False,  # construct has loaded them
-        pretrained_cfg=dataclasses.replace(cfg, state_dict=None).to_dict(),
+        pretrained_cfg=dataclasses.replace(cfg, state_dict=None, file=None if record else cfg.file).to_dict(),
         feature_cfg=dict(feature_cls="getter"),
         **kwargs,
     )
 
 
-def find_tensors(cfg: PretrainedCfg, plain: str, cache_dir: str | Path | None) -> StateDict | None:
+def find_record(variant: str, cfg: PretrainedCfg) -> WeightRecord | None:
+    """The manifest's entry that a cfg stands for; None where it points elsewhere."""
+    name = f"{variant}.{cfg.tag}"
+    if name not in manifest or cfg.state_dict:
+        return None
+    return manifest[name] if _location(cfg) == _location(get_pretrained_cfg(name)) else None
+
+
+def _location(cfg: PretrainedCfg) -> tuple[str | None, ...]:
+    return cfg.hf_hub_id, cfg.hf_hub_filename, cfg.url, cfg.file, cfg.source
+
+
+def find_tensors(
+    cfg: PretrainedCfg, record: WeightRecord | None, plain: str, cache_dir: str | Path | None
+) -> StateDict | None:
     """Get the tensors that a cfg points to, or None where it points to what timm itself has for the backbone.
 
     Args:
         cfg: Resolved.
+        record: The manifest's entry, where the cfg stands for one.
         plain: The backbone's name in timm, with its tag if it has one.
         cache_dir: Of huggingface_hub.
 
     Raises:
-        WeightsError: There are no weights, or they cannot be read.
+        WeightsError: There are no weights, they cannot be read, or (ChecksumError) they are not those recorded.
         HubError: They cannot be fetched.
     """
+    if record:
+        return load_record(record, name=f"{cfg.architecture}.{cfg.tag}", cache_dir=cache_dir)
     if cfg.state_dict:
         return cfg.state_dict
     if cfg.source != "hf-hub" and cfg.file:
-        return read_state_dict(cfg.file)
+        return load_local(Path(cfg.file))
     registered = get_pretrained_cfg(plain)
     if cfg.source != "hf-hub" and (cfg.hf_hub_id, cfg.url) == (registered.hf_hub_id, registered.url):
         if not cfg.has_weights:
             raise WeightsError(f"timm has no pretrained weights for {plain}: use pretrained=False or another tag.")
         return None
+    what = ARCH_PREFIX + plain
     if not cfg.hf_hub_id:
-        raise WeightsError(f"{ARCH_PREFIX}{plain}: download {cfg.url} and pass pretrained_cfg_overlay=dict(file=...).")
+        raise WeightsError(f"{what}: download {cfg.url} and pass pretrained_cfg_overlay=dict(file=...).")
     filename = cfg.hf_hub_filename or WEIGHTS_NAME
-    return read_state_dict(
-        download_weights(cfg.hf_hub_id, what=ARCH_PREFIX + plain, filename=filename, cache_dir=cache_dir)
-    )
+    return load_repository(cfg.hf_hub_id, manifest, what=what, filename=filename, cache_dir=cache_dir)
 
 
 def family_filter(arch: str, *, is_mixed: bool = False) -> Filter | None:
@@ -237,4 +318,5 @@ def default_out_indices(arch: str) -> tuple[int, ...]:
         return tuple(timm.create_model(arch, features_only=True).feature_info.out_indices)
 
 
+register_backbones()
 register_variants()

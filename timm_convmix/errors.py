@@ -6,7 +6,10 @@ ConvMixError
 ├── InputError      (ValueError)    an image batch that does not fit the model
 ├── FeatureError    (ValueError)    a way of extracting features that is not supported
 ├── WeightsError    (RuntimeError)  weights that are unreadable, absent, or of another architecture
-└── HubError        (OSError)       weights that could not be fetched
+│   └── ChecksumError               weights whose bytes are not those that were recorded
+├── ManifestError   (ValueError)    a weights_manifest.json, or an entry, that is not as it must be
+├── PackingError    (RuntimeError)  a trained model that cannot be packed, or did not prove itself
+└── HubError        (OSError)       weights that could not be fetched or published
 
 Each is also the builtin that a caller would catch without knowing this package.
 """
@@ -36,5 +39,17 @@ class WeightsError(ConvMixError, RuntimeError):
     """The weights are unreadable, absent, or belong to another architecture."""
 
 
+class ChecksumError(WeightsError):
+    """The bytes of a weight file are not those that were recorded; nothing of it was loaded."""
+
+
+class ManifestError(ConvMixError, ValueError):
+    """A weights_manifest.json, or an entry of it, is not as it must be."""
+
+
+class PackingError(ConvMixError, RuntimeError):
+    """A trained model cannot be packed, or did not prove itself when it was reloaded."""
+
+
 class HubError(ConvMixError, OSError):
-    """The weights could not be fetched."""
+    """The weights could not be fetched or published."""

@@ -1,21 +1,179 @@
-"""Bytes to tensors to a strictly loaded model."""
+"""Bytes to verified bytes to tensors to a strictly loaded model."""
 
+import json
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from safetensors import SafetensorError
 from timm.models import load_pretrained, load_state_dict
 from torch import Tensor, nn
 
-from timm_convmix.errors import WeightsError
-from timm_convmix.weights.hub import WEIGHTS_NAME
+from timm_convmix.errors import ChecksumError, HubError, WeightsError
+from timm_convmix.weights.hub import CONFIG_NAME, WEIGHTS_NAME, download, download_weights
+from timm_convmix.weights.manifest import Manifest, WeightRecord, embedded_path
+
+_logger = logging.getLogger(__name__)
 
 StateDict = dict[str, Tensor]
 OPTIONAL = ".num_batches_tracked"
 """Absent from checkpoints older than torch 0.4.1; torch fills it in."""
 
 Filter = Callable[[StateDict, nn.Module], StateDict]
+CONFIG_KEY = "timm_convmix"
+"""Top-level key of a config.json under which a packed folder records its digest; timm reads past it."""
+
+
+# Bytes that are verified ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Digest:
+    """What a weight file must be: its sha256 in hexadecimal, and its length in bytes."""
+
+    sha256: str
+    bytes: int
+
+
+def read_verified(path: Path, digest: Digest, *, source: str) -> StateDict:
+    """Read a safetensors file once, verify the bytes, and parse those same bytes.
+
+    Args:
+        path: The file.
+        digest: What it must be.
+        source: Where it comes from, for the message.
+
+    Returns:
+        Name -> tensor.
+
+    Raises:
+        ChecksumError: It is of another length, or its bytes differ.
+        WeightsError: The bytes are as recorded, and no safetensors file.
+        OSError: It cannot be read.
+    """
+    if (size := path.stat().st_size) != digest.bytes:  # before reading: it may be of any size
+        raise ChecksumError(f"{source}: expected {digest.bytes} bytes of sha256 {digest.sha256}, found {size} bytes.")
+    data = path.read_bytes()
+    if (found := sha256(data).hexdigest()) != digest.sha256:
+        raise ChecksumError(f"{source}: expected sha256 {digest.sha256}, found {found}.")
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError) as error:
+        raise WeightsError(f"{source} is not a sound safetensors file ({error}).") from error
+
+
+def load_record(record: WeightRecord, *, name: str, cache_dir: str | Path | None = None) -> StateDict:
+    """Get the tensors of a manifest's entry: from inside this package, or from the Hub at the pinned commit.
+
+    Args:
+        record: The entry.
+        name: ``arch.tag``.
+        cache_dir: Of huggingface_hub.
+
+    Raises:
+        ChecksumError: The bytes are not those recorded, after a second download too.
+        WeightsError: The weights are packed only, and not in this package.
+        HubError: They could not be fetched.
+    """
+    digest = Digest(record.sha256, record.bytes)
+    if record.embedded and (path := embedded_path(record)).is_file():
+        return read_verified(path, digest, source=f"{name}, {record.embedded} of this package")
+    if record.state == "packed":
+        raise WeightsError(
+            f"{name} is trained and packed, but not published on a Hub yet: load the folder that `timm-convmix pack`"
+            " wrote (local-dir:DIR), publish it (`timm-convmix publish`), or pass pretrained=False."
+        )
+    return _fetch_verified(f"{record.hub_id}@{record.revision}", record.filename, digest, name, cache_dir)
+
+
+def load_repository(
+    repo: str,
+    manifest: Manifest,
+    *,
+    what: str,
+    filename: str = WEIGHTS_NAME,
+    cache_dir: str | Path | None = None,
+) -> StateDict:
+    """Get the tensors of any Hub repository, config and weights from one commit.
+
+    Where the manifest lists the commit, the bytes are checked against the manifest; otherwise against the digest that
+    a packed folder's config.json holds; where there is neither, a warning says so.
+
+    Args:
+        repo: ``NAMESPACE/NAME`` or ``NAMESPACE/NAME@revision``.
+        manifest: Of this package.
+        what: The model whose weights these are, for messages.
+        filename: In the repository.
+        cache_dir: Of huggingface_hub.
+
+    Raises:
+        ChecksumError: The bytes are not those stated, after a second download too.
+        WeightsError: There is no such safetensors file.
+        HubError: It could not be fetched.
+    """
+    repo_id = repo.partition("@")[0]
+    config = download(repo, CONFIG_NAME, what=what, cache_dir=cache_dir)
+    commit = config.parent.name if config else ""
+    if commit:
+        repo = f"{repo_id}@{commit}"
+    record = next((r for r in manifest.values() if (r.hub_id, r.revision) == (repo_id, commit)), None)
+    digest = Digest(record.sha256, record.bytes) if record else config and stated_digest(config)
+    if digest:
+        return _fetch_verified(repo, filename, digest, what, cache_dir)
+    path = download_weights(repo, what=what, filename=filename, cache_dir=cache_dir)
+    _logger.warning("%s: %s states no checksum, its %s is loaded unverified.", what, repo, filename)
+    return read_state_dict(path)
+
+
+def load_local(path: Path) -> StateDict:
+    """Get the tensors of a file or folder of the user's own; a packed folder's are verified against its config.json.
+
+    Raises:
+        ChecksumError: The bytes are not those that the folder's config.json states.
+        WeightsError: See ``read_state_dict``.
+    """
+    config, weights = path / CONFIG_NAME, path / WEIGHTS_NAME
+    if config.is_file() and weights.is_file() and (digest := stated_digest(config)):
+        return read_verified(weights, digest, source=str(weights))
+    return read_state_dict(path)
+
+
+def stated_digest(config: Path) -> Digest | None:
+    """The digest of model.safetensors in a packed folder's config.json; None where it states none.
+
+    Raises:
+        WeightsError: The file is no JSON, or states something that is no digest.
+    """
+    try:
+        stated = json.loads(config.read_text(encoding="utf-8")).get(CONFIG_KEY)
+        return Digest(str(stated["sha256"]), int(stated["bytes"])) if stated is not None else None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{config}: {CONFIG_KEY} states no sha256 and bytes ({error!r}).") from error
+
+
+def _fetch_verified(repo: str, filename: str, digest: Digest, what: str, cache_dir: str | Path | None) -> StateDict:
+    """Download, or take from the cache, and verify; what does not verify is downloaded once more."""
+    source = f"{what}: {filename} of {repo}"
+
+    def fetch(*, force_download: bool) -> StateDict:
+        path = download_weights(repo, what=what, filename=filename, cache_dir=cache_dir, force_download=force_download)
+        return read_verified(path, digest, source=source)
+
+    try:
+        return fetch(force_download=False)
+    except ChecksumError as cached:
+        _logger.warning("%s The file is downloaded again.", cached)
+        try:
+            return fetch(force_download=True)
+        except HubError as error:
+            raise ChecksumError(f"{cached} It could not be downloaded again: {error}") from error
+
+
+# Tensors --------------------------------------------------------------------------------------------------------------
 
 
 def read_state_dict(path: str | Path) -> StateDict:
