@@ -114,7 +114,8 @@ Not for images of another kind, and not for decisions about people: it always an
 `{record.filename}` has {record.bytes} bytes of sha256
 `{record.sha256}`.
 timm_convmix checks the bytes before it parses them: against its own manifest where that lists this commit, else against
-this repository's config.json. Neither says that the accuracy is right; `timm-convmix verify --data` measures it again."""
+this repository's config.json. Neither says that the accuracy is right; `timm-convmix verify --data DIR` measures it
+again."""
 
 
 def metrics_table(rows: list[tuple[str, Metrics]]) -> str:
