@@ -18,6 +18,7 @@ from timm_convmix.errors import (
 )
 from timm_convmix.mixers import MIXERS, Mixer
 from timm_convmix.model import ConvMixNet
+from timm_convmix.prediction import predict
 from timm_convmix.version import __version__
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "WeightsError",
     "__version__",
     "list_weights",
+    "predict",
 ]

@@ -60,7 +60,7 @@ def register_variants() -> None:
     manifest.clear()
     manifest.update(read_manifest())
     trained: dict[str, dict[str, WeightRecord]] = {}
-    for name in sorted(manifest, key=lambda name: is_baseline(manifest[name])):  # a baseline is nobody's default
+    for name in manifest:
         variant, tag = split_model_name_tag(name)
         trained.setdefault(variant, {})[tag] = manifest[name]
     for arch in list_models():
@@ -70,9 +70,13 @@ def register_variants() -> None:
             continue
         derived = {split_model_name_tag(name)[1]: derived_cfg(cfg, name) for name, cfg in cfgs.items()}
         first = next(iter(derived.values()))
-        tags = {tag: record_cfg(record, first) for tag, record in trained.get(variant, {}).items()} | derived
+        records = trained.get(variant, {})
+        own = {tag: record_cfg(record, first) for tag, record in records.items()}
+        baselines = {tag: own.pop(tag) for tag in records if is_baseline(records[tag])}
+        tags = own | derived | own  # first, and instead of timm's tags of the same name
         if len(tags) > 1:
             tags.pop("", None)  # timm would take it for the default wherever it stands
+        tags |= baselines  # nobody's default
         default_cfgs[variant] = DefaultCfg(tags=deque(tags), cfgs=tags)  # timm's order: the first tag is the default
         known = is_model(variant)  # by an earlier import of this module, or by timm itself
         function = model_entrypoint(variant) if known else register_model(entrypoint(arch))
@@ -114,6 +118,7 @@ def record_cfg(record: WeightRecord, like: PretrainedCfg) -> PretrainedCfg:
         pool_size=tuple(round(size * factor) for size, factor in zip(like.pool_size or (), scale, strict=True)),
         interpolation=record.interpolation,
         crop_pct=record.crop_pct,
+        crop_mode=like.crop_mode,
         mean=record.mean,
         std=record.std,
         num_classes=record.num_classes,

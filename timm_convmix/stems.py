@@ -148,7 +148,7 @@ def entrypoint(name: str, small: SmallBackbone) -> Callable[..., nn.Module]:
         model = small.build(**kwargs)
         small.stem(model)
         for stage, factor in zip(model.feature_info, small.finer, strict=True):
-            stage["reduction"] //= factor
+            stage["reduction"] = max(1, stage["reduction"] // factor)  # an output_stride may lie below the stem's
         return model
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -1,13 +1,42 @@
-"""How rows of plain data look on a terminal."""
+"""How rows of plain data look: a table for a terminal, JSON and CSV for programs."""
 
-from collections.abc import Sequence
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
+Rows = Sequence[dict[str, Any]]
 
-def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Align rows of the same keys under those keys; None shows as a dash."""
+
+def as_table(rows: Rows) -> str:
+    """Align rows of the same keys under those keys; None shows as a dash, a fraction with four decimals."""
     if not rows:
         return "nothing matches"
-    table = [list(rows[0])] + [["-" if value is None else str(value) for value in row.values()] for row in rows]
+    table = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return "-" if value is None else str(value)
+
+
+def as_json(rows: Rows) -> str:
+    """One document, a list of objects."""
+    return json.dumps(rows, indent=2)
+
+
+def as_csv(rows: Rows) -> str:
+    """A header and a line a row; None is an empty field."""
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return text.getvalue().removesuffix("\n")
+
+
+FORMATS: dict[str, Callable[[Rows], str]] = {"table": as_table, "json": as_json, "csv": as_csv}

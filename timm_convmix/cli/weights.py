@@ -97,8 +97,8 @@ def _add_publish(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser = verbs.add_parser(
         "publish",
         help="packed weights to the Hugging Face Hub",
-        description="Publish packed weights, one commit each, load them back in a fresh process with an empty cache, and\n"
-        "only then write repository and commit into the manifest. Run it again after any failure.\n"
+        description="Publish packed weights, one commit each, load them back in a fresh process with an empty cache,\n"
+        "and only then write repository and commit into the manifest. Run it again after any failure.\n"
         "The token is the one of `hf auth login`, or HF_TOKEN.",
         epilog="examples:\n"
         "  timm-convmix publish convmix_resnet18_cifar.cifar10 --dry-run\n"
@@ -156,16 +156,18 @@ def _add_verify(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") ->
     parser.set_defaults(run=run_verify)
 
 
-def run_verify(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Verify; a row an entry."""
-    return verify(
-        args.names,
-        manifest=args.manifest,
-        packed=args.packed,
-        data_dir=args.data,
-        cache_dir=args.cache_dir,
-        workers=args.workers,
-        quiet=args.quiet,
+def run_verify(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+    """Verify; a row an entry, and 1 if one is not ok."""
+    return _judged(
+        verify(
+            args.names,
+            manifest=args.manifest,
+            packed=args.packed,
+            data_dir=args.data,
+            cache_dir=args.cache_dir,
+            workers=args.workers,
+            quiet=args.quiet,
+        )
     )
 
 
@@ -182,6 +184,11 @@ def _add_pull(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.set_defaults(run=run_pull)
 
 
-def run_pull(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Pull; a row an entry."""
-    return pull(args.names, manifest=args.manifest, cache_dir=args.cache_dir)
+def run_pull(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+    """Pull; a row an entry, and 1 if one is not ok."""
+    return _judged(pull(args.names, manifest=args.manifest, cache_dir=args.cache_dir))
+
+
+def _judged(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
+    """Rows with the exit code that they amount to."""
+    return rows, int(not all(row["ok"] for row in rows))

@@ -1,8 +1,7 @@
 """The model card: what a weight is, what it measured beside its baseline, how it was made, and how it is loaded."""
 
-import re
-
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.models import get_arch_pretrained_cfgs, is_model, split_model_name_tag
 
 from timm_convmix.weights.manifest import Metrics, WeightRecord
 
@@ -22,16 +21,15 @@ def format_card(name: str, record: WeightRecord, *, repo: str | None = None, exi
     Returns:
         Markdown with a YAML header that the Hub reads, a model-index of the metrics among it.
     """
-    known = ModelCard(existing).data.to_dict() if existing else {}
+    card = ModelCard(existing, ignore_metadata_errors=True) if existing else None
+    known = card.data.to_dict() if card else {}
     metadata = known | {key: value for key, value in card_data(name, record).to_dict().items() if value is not None}
     metadata.pop("eval_results", None)
-    text = re.sub(r"\A---\n.*?\n---\n", "", existing or "", count=1, flags=re.DOTALL).strip("\n")
+    text = card.text.replace("\r\n", "\n").strip("\n") if card else ""
     own = f"{BEGIN}\n{card_text(name, record, repo)}\n{END}"
-    if BEGIN in text and END in text:
-        before, rest = text.split(BEGIN, 1)
-        text = before + own + rest.split(END, 1)[1]
-    else:
-        text = f"{own}\n\n{text}" if text else own
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    text = before + own + after if begin and end else f"{own}\n\n{text}"
     header = ModelCardData(**metadata, ignore_metadata_errors=True).to_yaml()
     return f"---\n{header}\n---\n\n{text.strip()}\n"
 
@@ -57,10 +55,16 @@ def card_data(name: str, record: WeightRecord) -> ModelCardData:
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "timm_convmix"],
         datasets=[record.dataset.name],
-        base_model=f"timm/{record.base.name}" if record.base and "." in record.base.name else None,
+        base_model=f"timm/{record.base.name}" if record.base and is_of_timm(record.base.name) else None,
         model_name=name,
         eval_results=results,
     )
+
+
+def is_of_timm(name: str) -> bool:
+    """Whether timm itself publishes weights of this name: a file's name may look alike."""
+    arch = split_model_name_tag(name)[0]
+    return is_model(arch) and not arch.startswith("convmix_") and name in get_arch_pretrained_cfgs(arch)
 
 
 def card_text(name: str, record: WeightRecord, repo: str | None) -> str:

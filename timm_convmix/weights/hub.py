@@ -10,6 +10,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Re
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     EntryNotFoundError,
     HfHubHTTPError,
+    HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
     LocalTokenNotFoundError,
@@ -57,7 +58,7 @@ def hub_errors(what: str, source: str, ahead: str = "") -> Iterator[None]:
             f"{what}: the cached copy of {source} is not a sound safetensors file ({error}); remove it from the cache"
             " (`hf cache rm`, or cache_dir) and load again."
         ) from error
-    except (OSError, HTTPError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not ahead:
             ahead = "and pass pretrained_cfg_overlay=dict(file=...)" if "://" in source else f"(`hf download {source}`)"

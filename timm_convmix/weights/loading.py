@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from timm_convmix.errors import ChecksumError, HubError, WeightsError
 from timm_convmix.weights.hub import CONFIG_NAME, WEIGHTS_NAME, download, download_weights
-from timm_convmix.weights.manifest import Manifest, WeightRecord, embedded_path
+from timm_convmix.weights.manifest import Manifest, Positive, Sha256, WeightRecord, embedded_path, fit
 
 _logger = logging.getLogger(__name__)
 
@@ -62,8 +62,9 @@ def read_verified(path: Path, digest: Digest, *, source: str) -> StateDict:
         raise ChecksumError(f"{source}: expected sha256 {digest.sha256}, found {found}.")
     try:
         return safetensors.torch.load(data)
-    except (SafetensorError, ValueError) as error:
-        raise WeightsError(f"{source} is not a sound safetensors file ({error}).") from error
+    except Exception as error:  # of a hostile header the parser, or torch after it, complains in many ways
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise WeightsError(f"{source} is not a sound safetensors file ({reason}).") from error
 
 
 def load_record(record: WeightRecord, *, name: str, cache_dir: str | Path | None = None) -> StateDict:
@@ -115,12 +116,14 @@ def load_repository(
         WeightsError: There is no such safetensors file.
         HubError: It could not be fetched.
     """
-    repo_id = repo.partition("@")[0]
+    repo_id, _, revision = repo.partition("@")
     config = download(repo, CONFIG_NAME, what=what, cache_dir=cache_dir)
-    commit = config.parent.name if config else ""
+    commit = config.parent.name if config else revision
     if commit:
         repo = f"{repo_id}@{commit}"
-    record = next((r for r in manifest.values() if (r.hub_id, r.revision) == (repo_id, commit)), None)
+    # a server that names another commit than was asked for, or hides the config, is no way around the manifest
+    own = (r for r in manifest.values() if r.hub_id == repo_id and r.revision in (commit, revision))
+    record = next(own, None)
     digest = Digest(record.sha256, record.bytes) if record else config and stated_digest(config)
     if digest:
         return _fetch_verified(repo, filename, digest, what, cache_dir)
@@ -150,8 +153,10 @@ def stated_digest(config: Path) -> Digest | None:
     """
     try:
         stated = json.loads(config.read_text(encoding="utf-8")).get(CONFIG_KEY)
-        return Digest(str(stated["sha256"]), int(stated["bytes"])) if stated is not None else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if stated is None:
+            return None
+        return Digest(fit(Sha256, stated["sha256"], "sha256"), fit(Positive, stated["bytes"], "bytes"))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{config}: {CONFIG_KEY} states no sha256 and bytes ({error!r}).") from error
 
 

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 import types
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from timm_convmix.errors import ManifestError
 MANIFEST_NAME = "weights_manifest.json"
 SCHEMA = 1
 PACKAGE = Path(__file__).resolve().parents[1]
+EXACT = 2**53 - 1
+"""The largest integer that every reader of JSON keeps exactly (RFC 8259, section 6)."""
 
 
 # Types of single values -----------------------------------------------------------------------------------------------
@@ -42,14 +45,20 @@ class Range:
 
 
 Name = Annotated[str, Pattern("convmix_<arch>.<tag>", r"convmix_[a-z0-9_]+\.[a-z0-9_]+")]
-HubId = Annotated[str, Pattern("NAMESPACE/NAME", r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")]
+HubId = Annotated[  # what huggingface_hub's own check lets through, and has both parts
+    str,
+    Pattern(
+        "NAMESPACE/NAME",
+        r"(?!.*(--|\.\.|\.git$))[A-Za-z0-9]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?/[A-Za-z0-9]([A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?",
+    ),
+]
 Revision = Annotated[str, Pattern("a commit of 40 hexadecimal digits", r"[0-9a-f]{40}")]
 Sha256 = Annotated[str, Pattern("64 hexadecimal digits", r"[0-9a-f]{64}")]
 Filename = Annotated[
     str, Pattern("the plain name of a .safetensors file", r"[A-Za-z0-9](\.?[A-Za-z0-9_-])*\.safetensors")
 ]
 Text = Annotated[str, Pattern("text", r"[^\x00-\x1f]+")]
-Date = Annotated[str, Pattern("YYYY-MM-DD", r"\d{4}-\d{2}-\d{2}")]
+Date = Annotated[str, Pattern("YYYY-MM-DD", r"[0-9]{4}-[0-9]{2}-[0-9]{2}")]
 Percent = Annotated[float, Range(0, 100)]
 Positive = Annotated[int, Range(1)]
 
@@ -132,9 +141,9 @@ class WeightRecord(Checked):
     label_names: tuple[Text, ...]
     input_size: tuple[Positive, Positive, Positive]
     mean: tuple[float, ...]
-    std: tuple[float, ...]
+    std: tuple[Annotated[float, Range(1e-6)], ...]
     interpolation: Text
-    crop_pct: Annotated[float, Range(0, 1)]
+    crop_pct: Annotated[float, Range(0.01, 1)]
 
     dataset: Dataset
     metrics: Metrics
@@ -156,8 +165,12 @@ class WeightRecord(Checked):
             raise ManifestError(f"state: {self.state!r} does not go with hub_id {self.hub_id} at {self.revision}")
         if len(self.label_names) != self.num_classes:
             raise ManifestError(f"label_names: {len(self.label_names)} names for {self.num_classes} classes")
+        if not len(self.mean) == len(self.std) == self.input_size[0]:
+            raise ManifestError(f"mean, std: {len(self.mean)} and {len(self.std)} for {self.input_size[0]} channels")
         if len(self.probe.classes) != len(self.probe.logits):
             raise ManifestError(f"probe: {len(self.probe.classes)} classes, {len(self.probe.logits)} logits")
+        if outside := [index for index in self.probe.classes if index >= self.num_classes]:
+            raise ManifestError(f"probe.classes: {outside[0]} is none of {self.num_classes} classes")
 
 
 Manifest = dict[str, WeightRecord]
@@ -197,11 +210,36 @@ def fit(hint: Any, value: Any, key: str) -> Any:  # noqa: PLR0911  (one a kind o
         return {name: fit(arguments[1], value[name], f"{key}.{name}") for name in value}
     if isinstance(hint, type) and issubclass(hint, Checked):
         return value if isinstance(value, hint) else _record(hint, value, key)
-    if hint is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    if hint is Any or type(value) is hint:  # a bool is no int here
+    return _any(value, key) if hint is Any else _single(hint, value, key)
+
+
+def _any(value: Any, key: str) -> Any:
+    """Whatever JSON holds; a tuple becomes the list that it is read back as."""
+    if value is None or isinstance(value, bool):
         return value
-    raise ManifestError(f"{key}: {_short(value)} is no {hint.__name__}")
+    if isinstance(value, list | tuple):
+        return [_any(item, f"{key}[{index}]") for index, item in enumerate(value)]
+    if isinstance(value, dict):
+        return fit(dict[str, Any], value, key)
+    if type(value) not in (str, int, float):
+        raise ManifestError(f"{key}: {_short(value)} is no JSON value")
+    return _single(type(value), value, key)
+
+
+def _single(hint: Any, value: Any, key: str) -> Any:
+    """A string, an integer (a bool is none here) or a number, such as UTF-8 and JSON can hold."""
+    if hint is str and _is_text(value):
+        return value
+    if hint is int and type(value) is int and abs(value) <= EXACT:
+        return value
+    if hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # NaN is not
+        return float(value)
+    raise ManifestError(f"{key}: {_short(value)} is no {hint.__name__}{' of at most 2^53 - 1' * (hint is int)}")
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string without lone surrogates, which no file can hold."""
+    return isinstance(value, str) and value == value.encode(errors="ignore").decode()
 
 
 def _limited(value: Any, limit: Pattern | Range, key: str) -> Any:
@@ -225,7 +263,7 @@ def _tuple(arguments: tuple[Any, ...], value: Any, key: str) -> tuple[Any, ...]:
 
 
 def _object(value: Any, key: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+    if not isinstance(value, dict) or not all(map(_is_text, value)):
         raise ManifestError(f"{key}: {_short(value)} is no object")
     return value
 
@@ -235,7 +273,7 @@ def _record(cls: type[Checked], value: Any, key: str) -> Any:
     value = _object(value, key)
     names = type_hints(cls).keys()
     if unknown := sorted(value.keys() - names):
-        raise ManifestError(f"{key}: unknown key {unknown[0]!r}; known are {', '.join(sorted(names))}")
+        raise ManifestError(f"{key}: unknown key {_short(unknown[0])}; known are {', '.join(sorted(names))}")
     if missing := [name for name in required(cls) if name not in value]:
         raise ManifestError(f"{key}: {missing[0]!r} is missing")
     try:
@@ -291,10 +329,10 @@ def parse_manifest(text: str, *, source: str = MANIFEST_NAME) -> Manifest:
         data = _object(data, "the document")
         if type(data.get("schema")) is not int or data["schema"] != SCHEMA:
             raise ManifestError(
-                f"schema: {data.get('schema')!r}, but this version reads {SCHEMA}; upgrade timm-convmix"
+                f"schema: {_short(data.get('schema'))}, but this version reads {SCHEMA}; upgrade timm-convmix"
             )
         if unknown := sorted(data.keys() - {"schema", "weights"}):
-            raise ManifestError(f"unknown key {unknown[0]!r}")
+            raise ManifestError(f"unknown key {_short(unknown[0])}")
         entries = _object(data.get("weights"), "weights")
         return {fit(Name, name, "weights"): _record(WeightRecord, entry, name) for name, entry in entries.items()}
     except (ManifestError, ValueError, RecursionError) as error:
@@ -322,7 +360,10 @@ def read_manifest(path: str | Path | None = None) -> Manifest:
         ManifestError: See ``parse_manifest``.
     """
     path = Path(path or manifest_path())
-    return parse_manifest(path.read_text(encoding="utf-8"), source=str(path)) if path.exists() else {}
+    try:
+        return parse_manifest(path.read_text(encoding="utf-8"), source=str(path)) if path.exists() else {}
+    except UnicodeDecodeError as error:
+        raise ManifestError(f"{path}: {error}") from error
 
 
 def format_manifest(records: Manifest) -> str:
@@ -414,7 +455,9 @@ def _schema_of(hint: Any) -> dict[str, Any]:  # noqa: PLR0911  (one a kind of ty
             "required": required(hint),
             "additionalProperties": False,
         }
-    return {} if hint is Any else {"type": {str: "string", int: "integer", float: "number"}[hint]}
+    if hint is int:
+        return {"type": "integer", "minimum": -EXACT, "maximum": EXACT}
+    return {} if hint is Any else {"type": {str: "string", float: "number"}[hint]}
 
 
 def schema_path() -> Path:

@@ -76,14 +76,22 @@ def evaluate(
     return Metrics(top1=100 * top1 / count, top5=100 * top5 / count, loss=loss / count, count=count)
 
 
-def open_dataset(data_dir: str | Path, split: str) -> Any:
+def open_dataset(data_dir: str | Path, split: str, *, channels: int = 3) -> Any:
     """Timm's dataset over ``DATA/SPLIT/CLASS/*``.
+
+    Args:
+        data_dir: Holds the split.
+        split: The folder's name, or a word that timm takes for the same ('val' for 'validation').
+        channels: Of the images; as in train.py, other than three are read as grey.
 
     Raises:
         PackingError: There are no images.
     """
     try:
-        return create_dataset("", root=str(data_dir), split=split)
+        dataset = create_dataset("", root=str(data_dir), split=split, input_img_mode="RGB" if channels == 3 else "L")
+        if Path(dataset.reader.root) == Path(data_dir):  # timm takes everything there is where there is no such split
+            raise FileNotFoundError(f"there is no folder {Path(data_dir) / split}")
+        return dataset
     except (OSError, RuntimeError, AssertionError) as error:
         raise PackingError(f"{data_dir}: no images of the split {split!r} as {split}/CLASS/* ({error}).") from error
 

@@ -18,10 +18,11 @@ from typing import Any
 import safetensors.torch
 import timm
 import torch
-from timm.data import resolve_data_config
+from timm.data import resolve_input_data_config
 from timm.models import (
     PretrainedCfg,
     clean_state_dict,
+    get_arch_pretrained_cfgs,
     get_model_args,
     get_pretrained_cfg,
     is_model,
@@ -51,6 +52,7 @@ CARD_NAME = "README.md"
 RECIPE_NAME = "recipe.yaml"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PLACES = {
+    "class_map",
     "config",
     "data",
     "data_dir",
@@ -132,7 +134,8 @@ def read_checkpoint(
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PackingError(f"{path} cannot be read as a checkpoint ({reason}).") from error
-    top1 = None if use_ema else claimed_top1(path.with_name("summary.csv"), epoch)
+    ema_measured = bool(args.get("model_ema")) and not args.get("model_ema_force_cpu")  # what train.py validates last
+    top1 = claimed_top1(path.with_name("summary.csv"), epoch) if use_ema == ema_measured else None
     return Checkpoint(path, tensors, args, epoch + 1, top1)
 
 
@@ -141,8 +144,8 @@ def claimed_top1(summary: Path, epoch: int) -> float | None:
     if not summary.is_file():
         return None
     with summary.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["epoch"] == str(epoch)]
-    return float(rows[-1]["eval_top1"]) if rows else None
+        claims = [row.get("eval_top1") for row in csv.DictReader(file) if row.get("epoch") == str(epoch)]
+    return float(claims[-1]) if claims and claims[-1] else None
 
 
 def recipe_of(args: dict[str, Any]) -> dict[str, Any]:
@@ -223,15 +226,18 @@ def pack(
         raise PackingError(f"{saved.path} does not say how it was trained: state epochs and seed.")
     started_from, terms = origin_of(args, base, license, name)
     recipe = recipe_of(args)
-    paired = paired_baseline(baseline, recipe, read_manifest(manifest))
-    dataset = open_dataset(images.data_dir, images.split)
+    built_with = build_args(args)
+    dataset = open_dataset(images.data_dir, images.split, channels=built_with.get("in_chans") or 3)
+    checksum = dataset_checksum(dataset)
+    paired = paired_baseline(
+        baseline, read_manifest(manifest), arch=arch, recipe=recipe, epochs=saved.epochs, checksum=checksum
+    )
     labels = [label for label, _ in sorted(dataset.reader.class_to_idx.items(), key=lambda item: item[1])]
 
-    built_with = args.get("model_kwargs") or {}
-    source = timm.create_model(arch, num_classes=len(labels), in_chans=args.get("in_chans"), **built_with).eval()
+    source = timm.create_model(arch, num_classes=len(labels), **built_with).eval()
     tensors = {key: converted(tensor, DTYPES[dtype], key) for key, tensor in saved.tensors.items()}
     load_strictly(source, tensors, source=str(saved.path))
-    config = resolve_data_config(args, model=source)
+    config = resolve_input_data_config(source, args=args)
 
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -268,7 +274,7 @@ def pack(
             dataset=Dataset(
                 name=images.name or Path(images.data_dir).resolve().name,
                 split=images.split,
-                checksum=dataset_checksum(dataset),
+                checksum=checksum,
                 source=images.source,
                 revision=images.revision,
             ),
@@ -291,6 +297,13 @@ def pack(
         replace_folder(folder, output / name)
     update_manifest(name, record, manifest)
     return record
+
+
+def build_args(args: dict[str, Any]) -> dict[str, Any]:
+    """What train.py passed to ``create_model``, as far as the model computes something else for it."""
+    channels = args.get("in_chans") or (args.get("input_size") or [None])[0]
+    given = dict(in_chans=channels, global_pool=args.get("gp"), bn_eps=args.get("bn_eps"))
+    return given | (args.get("model_kwargs") or {})
 
 
 def converted(tensor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
@@ -318,7 +331,11 @@ def config_of(model: Any, config: dict[str, Any], labels: list[str], digest: Dig
     known = {f.name for f in dataclasses.fields(PretrainedCfg)}
     data = {key: value for key, value in config.items() if key in known}
     cfg = PretrainedCfg(**dict(model.pretrained_cfg, num_classes=model.num_classes, custom_load=False) | data)
-    cfg = dataclasses.replace(cfg, architecture=None, label_names=None, description=None, license=None)
+    of_the_base = dict(architecture=None, label_names=None, description=None, license=None, label_offset=None)
+    of_the_base |= dict(test_input_size=None, test_pool_size=None, test_crop_pct=None, label_descriptions=None)
+    if cfg.input_size[1:] != tuple(model.pretrained_cfg["input_size"][1:]):
+        of_the_base |= dict(pool_size=None)
+    cfg = dataclasses.replace(cfg, **of_the_base)
     return {
         "architecture": model.pretrained_cfg["architecture"],
         "num_classes": model.num_classes,
@@ -380,7 +397,9 @@ def origin_of(args: dict[str, Any], base: str | None, license: str | None, name:
     path = args.get("pretrained_path") or args.get("initial_checkpoint")
     registered = args.get("pretrained") and not path and get_pretrained_cfg(args["model"])
     if registered:
-        base = base or f"{registered.architecture.removeprefix('convmix_')}.{registered.tag}"
+        own = f"{registered.architecture}.{registered.tag}"
+        plain = own.removeprefix("convmix_")
+        base = base or (plain if plain in get_arch_pretrained_cfgs(split_model_name_tag(plain)[0]) else own)
     elif path:
         base = base or Path(path).name
     if not base:
@@ -394,8 +413,24 @@ def origin_of(args: dict[str, Any], base: str | None, license: str | None, name:
     return Base(name=base, license=terms), license or terms
 
 
-def paired_baseline(name: str | None, recipe: dict[str, Any], records: dict[str, WeightRecord]) -> Baseline | None:
-    """The packed plain backbone of the same training.
+def paired_baseline(
+    name: str | None,
+    records: dict[str, WeightRecord],
+    *,
+    arch: str,
+    recipe: dict[str, Any],
+    epochs: int,
+    checksum: str,
+) -> Baseline | None:
+    """The packed plain backbone of the same training, measured on the same images.
+
+    Args:
+        name: Of the baseline; None is none.
+        records: Of the manifest.
+        arch: Of the model that is paired to it.
+        recipe: Of that model.
+        epochs: That it was trained: a run may have been cut short.
+        checksum: Of the images that it is measured on.
 
     Raises:
         PackingError: It is not packed, is no plain backbone, or was trained by another recipe.
@@ -406,9 +441,21 @@ def paired_baseline(name: str | None, recipe: dict[str, Any], records: dict[str,
         raise PackingError(
             f"{name} is no packed plain backbone (mixer 'none'): pack it first, then what it is paired to."
         )
-    theirs = records[name].recipe
-    if different := sorted(
-        key for key in (recipe.keys() | theirs.keys()) - {"model_kwargs"} if recipe.get(key) != theirs.get(key)
-    ):
+    theirs = records[name]
+    own = dict(_unmixed(recipe), architecture=arch, epochs_trained=epochs, images=checksum)
+    other = dict(
+        _unmixed(theirs.recipe),
+        architecture=split_model_name_tag(name)[0],
+        epochs_trained=theirs.epochs,
+        images=theirs.dataset.checksum,
+    )
+    if different := sorted(key for key in own.keys() | other.keys() if own.get(key) != other.get(key)):
         raise PackingError(f"{name} was trained otherwise ({', '.join(different)}): that is no paired baseline.")
-    return Baseline(name=name, metrics=records[name].metrics)
+    return Baseline(name=name, metrics=theirs.metrics)
+
+
+def _unmixed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe without what says how stages are mixed; JSON values."""
+    kwargs = recipe.get("model_kwargs") or {}
+    rest = {key: value for key, value in kwargs.items() if key not in ("stages", "mixer", "mixer_args")}
+    return json.loads(json.dumps(recipe | {"model_kwargs": rest}))

@@ -140,7 +140,7 @@ def check_accuracy(model: Any, record: WeightRecord, data_dir: str | Path, *, wo
         ManifestError: The images are others, or the accuracy is.
         PackingError: There are no images.
     """
-    dataset = open_dataset(data_dir, record.dataset.split)
+    dataset = open_dataset(data_dir, record.dataset.split, channels=record.input_size[0])
     if (found := dataset_checksum(dataset)) != record.dataset.checksum:
         raise ManifestError(
             f"data: {data_dir} has images of checksum {found}, measured were {record.dataset.checksum}."
