@@ -1,3 +1,5 @@
+import csv
+import io
 import json
 import subprocess
 import sys
@@ -42,13 +44,33 @@ def test_list_as_a_table(capsys):
     assert run(capsys, "list", "no_such_net")[1] == "nothing matches\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["list", "--help"], ["--version"]])
+def test_list_as_csv(capsys):
+    _, out, _ = run(capsys, "list", "resnet18*", "--format", "csv")
+    rows = [{key: value or "" for key, value in row.items()} for row in list_weights("resnet18*")]
+    assert list(csv.DictReader(io.StringIO(out))) == rows
+    assert run(capsys, "list", "no_such_net", "--format", "csv")[1] == "\n"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["list", "--help"], ["run", "--help"], ["predict", "--help"], ["--version"]]
+)
 def test_it_explains_itself(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="0"):
         cli.main(arguments)
     captured = capsys.readouterr()
-    assert stop.value.code == (0 if arguments else 2)
-    assert "timm-convmix" in captured.out + captured.err
+    assert "timm-convmix" in captured.out
+    assert captured.err == ""
+
+
+def test_alone_it_explains_itself_too(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--help"])
+    explanation = capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([])
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", explanation)
+    assert {"list", "run"} <= {line.split()[0] for line in explanation.splitlines() if line}
 
 
 def test_expected_errors_are_one_line(capsys, monkeypatch):

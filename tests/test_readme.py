@@ -11,6 +11,8 @@ import timm
 from families import FAMILIES
 from test_training import needs_scripts, script
 
+from timm_convmix.stems import BACKBONES
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -35,7 +37,8 @@ def test_numbers():
     variants = timm.list_models("convmix_*")
     assert f"  # {len(variants)} with timm {timm.__version__}\n" in README
     assert f"any of the {len(variants)} architectures" in README
-    assert f"CNNs and hybrids of {len(FAMILIES)} modules" in README
+    assert f"CNNs and hybrids of {len(FAMILIES) - 1} modules" in README
+    assert f"; {len(BACKBONES)} backbones for small images" in README
     model = timm.create_model("convmix_resnet50", device="meta")
     added = sum(p.numel() for p in model.mixer.parameters()) / sum(p.numel() for p in model.backbone.parameters())
     assert f"{added:.1%} to ResNet-50".replace("%", " %") in README

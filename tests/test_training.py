@@ -151,10 +151,14 @@ def test_a_warm_start_learns_to_mix_at_fine_tuning_rates(run, digits, tmp_path):
     assert mixed_loss < plain_loss
 
 
-def ddp_worker(rank, world, store, root, results):
+def join(rank, world, store):
     torch.set_num_threads(1)
     random_seed(0, rank)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+
+
+def ddp_worker(rank, world, store, root, results):
+    join(rank, world, store)
     model = DistributedDataParallel(train_py_model())
     images = loader(root, "train", batch_size=16, distributed=True)
     optimizer = create_optimizer_v2(model, opt="sgd", lr=0.05, momentum=0.9)
@@ -177,6 +181,44 @@ def test_two_processes_train_one_model(digits, tmp_path):
     accuracy, difference = results.get(timeout=10)
     assert accuracy > 0.7
     assert difference == 0
+
+
+def one_step(model, x, y):
+    """A step on these images, the statistics of batch norm frozen; returns all parameters after it."""
+    optimizer = create_optimizer_v2(model.eval(), opt="sgd", lr=0.1, momentum=0.9)
+    optimizer.zero_grad()
+    nn.functional.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def one_step_worker(rank, world, store, start, x, y):
+    join(rank, world, store)
+    model = train_py_model()
+    if rank == 0:
+        model.load_state_dict(torch.load(start))
+    torch.save(one_step(DistributedDataParallel(model), x.chunk(world)[rank], y.chunk(world)[rank]), f"{store}-{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_step_as_one_with_the_doubled_batch(digits, tmp_path):
+    x, y = next(iter(loader(digits, "validation", batch_size=200)))
+    model = train_py_model()
+    train_one_epoch(model, [(x, y)], create_optimizer_v2(model, opt="sgd", lr=0.01))  # statistics other than 0 and 1
+    start, store = tmp_path / "start.pt", tmp_path / "store"
+    torch.save(model.state_dict(), start)
+    multiprocessing.spawn(one_step_worker, (2, str(store), str(start), x, y), nprocs=2)
+
+    def alone(*batch):
+        model.load_state_dict(torch.load(start))
+        return one_step(model, *batch)
+
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    whole, half = alone(x, y), alone(x[:100], y[:100])
+    both = [torch.load(f"{store}-{rank}") for rank in (0, 1)]
+    assert torch.equal(*both)
+    assert (both[0] - whole).abs().max() < 1e-6
+    assert min((whole - before).abs().max(), (whole - half).abs().max()) > 1e-3
 
 
 needs_scripts = pytest.mark.skipif(
