@@ -51,9 +51,7 @@ def test_imports_point_one_way(name, path):
     for imported in imports(path):
         root, _, rest = imported.partition(".")
         if root != "timm_convmix":
-            assert root in RUNTIME | {"PIL"} | set(sys.stdlib_module_names), (
-                f"{name} imports {imported}"
-            )  # PIL is timm's
+            assert root in RUNTIME | OF_TIMM | set(sys.stdlib_module_names), f"{name} imports {imported}"
             assert not imported.startswith("timm.") or "._" not in imported, f"{name} imports timm's private {imported}"
             continue
         target = next(t for t in (rest, rest.rpartition(".")[0]) if t in known)

@@ -6,7 +6,6 @@ from typing import Any
 
 from timm.utils import ParseKwargs
 
-from timm_convmix.errors import PackingError
 from timm_convmix.weights.packing import DTYPES, Images, pack, read_checkpoint
 from timm_convmix.weights.publishing import publish
 from timm_convmix.weights.verifying import pull, select, verify
@@ -104,8 +103,9 @@ def _add_publish(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "  timm-convmix publish convmix_resnet18_cifar.cifar10 --dry-run\n"
         "  timm-convmix publish convmix_resnet18_cifar.cifar10 --namespace my-team --yes\n",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="convmix_ARCH.TAG of the manifest")
-    parser.add_argument("--all", action="store_true", help="every entry of the manifest")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("names", nargs="*", default=[], metavar="NAME", help="convmix_ARCH.TAG of the manifest")
+    which.add_argument("--all", action="store_true", help="every entry of the manifest")
     parser.add_argument("--namespace", help="user or organisation (default: the token's user)")
     parser.add_argument("--revision", help="branch (default: main)")
     parser.add_argument("--private", action="store_true", help="make new repositories private")
@@ -121,8 +121,6 @@ def _add_publish(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
 
 def run_publish(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Publish; a row an entry."""
-    if bool(args.names) == args.all:
-        raise PackingError("name the weights to publish, or pass --all.")
     if not (args.yes or args.dry_run):
         sys.stderr.write("Nothing is written without --yes; this is what would be done:\n")
     return [
