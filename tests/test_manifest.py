@@ -136,7 +136,7 @@ def without_absent(tree):
     return tree
 
 
-@settings(few, max_examples=60)
+@settings(few, max_examples=40)
 @given(st.dictionaries(name, entries(), max_size=2))
 def test_what_is_written_is_what_is_read(weights):
     records = parse_manifest(document(weights))

@@ -1,14 +1,18 @@
 """The only network code: a download, and one guarded commit."""
 
-from collections.abc import Iterator, Mapping
+import errno
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, try_to_load_from_cache
 from huggingface_hub.errors import (  # type: ignore[attr-defined]
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
@@ -28,9 +32,21 @@ OTHER_WEIGHTS = (".bin", ".ckpt", ".h5", ".msgpack", ".pickle", ".pkl", ".pt", "
 """Endings of weight files; those that a commit does not bring itself are stale, and a loader might take them."""
 
 
+DISK_ERRORS = {errno.EACCES, errno.EDQUOT, errno.ENOSPC, errno.EPERM, errno.EROFS}
+
+
 def client(token: str | bool | None = None) -> HfApi:
     """The Hub's client under this package's name; ``token`` as in huggingface_hub, None is the stored one."""
     return HfApi(token=token, library_name="timm_convmix", library_version=__version__)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, without what it says besides; of the Hub's answers the status and what was asked for."""
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__:  # it says only that something happened
+        error = error.__cause__
+    lines = [line.rstrip(".") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = ". ".join(lines[: 2 if isinstance(error, HfHubHTTPError) else 1])
+    return re.sub("Bearer .*", "Bearer ...", text)  # of a token that is no header
 
 
 # Downloading ----------------------------------------------------------------------------------------------------------
@@ -59,13 +75,22 @@ def hub_errors(what: str, source: str, ahead: str = "") -> Iterator[None]:
             " (`hf cache rm`, or cache_dir) and load again."
         ) from error
     except (OSError, HTTPError, HFValidationError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not ahead:
             ahead = "and pass pretrained_cfg_overlay=dict(file=...)" if "://" in source else f"(`hf download {source}`)"
         raise HubError(
-            f"{what}: could not get its weights from {source} ({reason.rstrip('.')}). Check the network, HF_ENDPOINT"
-            f" and HF_HUB_OFFLINE, fetch them ahead {ahead}, or pass pretrained=False."
+            f"{what}: could not get its weights from {source} ({one_line(error)}). {_advice(error)},"
+            f" fetch them ahead {ahead}, or pass pretrained=False."
         ) from error
+
+
+def _advice(error: BaseException) -> str:
+    if isinstance(error, GatedRepoError):
+        return "Ask for access on the page of the repository and log in (`hf auth login`, or HF_TOKEN)"
+    if isinstance(error, RepositoryNotFoundError):
+        return "If it is private, log in (`hf auth login`, or HF_TOKEN)"
+    if getattr(error, "errno", None) in DISK_ERRORS:
+        return "Let HF_HOME (or cache_dir) name a folder that has space and may be written to"
+    return "Check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
 
 
 def download(
@@ -97,20 +122,39 @@ def download(
         source = f"{repo_id} at {revision}, file {filename}"
         command = f"hf download {repo_id} {filename} --revision {revision}"
         ahead = f"(`timm-convmix pull {what}` or `{command}`), use a folder (local-dir:DIR)"
-    with hub_errors(what, source, ahead):
+    place: dict[str, Any] = dict(revision=revision or None, cache_dir=cache_dir)
+    present = force_download and try_to_load_from_cache(repo_id, filename, **place)
+    with hub_errors(what, source, ahead), _aside(Path(present) if isinstance(present, str) else None):
         try:
-            path = client().hf_hub_download(
-                repo_id,
-                filename,
-                revision=revision or None,
-                cache_dir=cache_dir,
-                force_download=force_download,
-            )
+            path = client().hf_hub_download(repo_id, filename, **place, force_download=force_download)
         except LocalEntryNotFoundError:  # not in the cache and the network is away, which says nothing of the file
             raise
         except EntryNotFoundError:
             return None
+        except ValueError as error:  # so a forced download ends whose first request failed
+            cause = error.__cause__
+            raise cause if isinstance(cause, OSError | HTTPError) else OSError(str(error)) from error
     return Path(path)
+
+
+@contextmanager
+def _aside(path: Path | None) -> Iterator[None]:
+    """Keep a cached file out of the way, for good if the block ends well.
+
+    In a cache without symlinks huggingface_hub 2.4 leaves a file where it stands, even if it is told to replace it.
+    """
+    if path is None or path.is_symlink() or not path.exists():
+        yield
+        return
+    aside = path.with_name(f"{path.name}.damaged")
+    path.replace(aside)
+    try:
+        yield
+    except BaseException:
+        if not path.exists():
+            aside.replace(path)
+        raise
+    aside.unlink(missing_ok=True)
 
 
 def download_weights(
@@ -156,17 +200,27 @@ def api_errors(doing: str) -> Iterator[None]:
         412: "somebody else has committed meanwhile; run it again",
         429: "the Hub asks to slow down; run it again later",
     }
+    again = "run it again: it goes on where it stopped"
     try:
         yield
     except HubError:
         raise
     except LocalTokenNotFoundError as error:
         raise HubError(f"Could not {doing}: there is no token; log in (`hf auth login`) or set HF_TOKEN.") from error
-    except (OSError, HTTPError) as error:
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        remedy = remedies.get(status or 0, "check the network and run it again: it goes on where it stopped")
-        raise HubError(f"Could not {doing} ({reason}): {remedy}.") from error
+    except (OSError, HTTPError, ValueError, RuntimeError) as raised:
+        # huggingface_hub wraps what an upload met in a RuntimeError
+        failure = raised.__cause__ if isinstance(raised, RuntimeError) and raised.__cause__ else raised
+        status = failure.response.status_code if isinstance(failure, HfHubHTTPError) else 0
+        # a token of odd characters cannot be sent at all
+        if unsendable := isinstance(failure, UnicodeEncodeError) or "Bearer" in str(failure):
+            status = 401
+        if getattr(failure, "errno", None) in DISK_ERRORS:
+            remedy = f"let HF_HOME name a folder that has space and may be written to, and {again}"
+        else:
+            remedy = remedies.get(
+                status, f"the Hub failed; {again}" if status >= 500 else f"check the network and {again}"
+            )
+        raise HubError(f"Could not {doing} ({one_line(failure)}): {remedy}.") from (None if unsendable else raised)
 
 
 def choose_namespace(api: HfApi, namespace: str | None) -> str:
@@ -193,17 +247,21 @@ def choose_namespace(api: HfApi, namespace: str | None) -> str:
 
 @dataclass(frozen=True)
 class Head:
-    """What stands at the head of a branch of a repository.
+    """What stands at the head of a branch of a repository; of a branch that is to be made, at the head of main.
 
     Args:
-        commit: 40 hexadecimal digits; None where the repository, or the branch, does not exist.
+        commit: 40 hexadecimal digits; None where the repository does not exist.
         files: Names.
-        exists: Whether the repository does.
+        is_branch: Whether the branch exists.
     """
 
     commit: str | None
     files: tuple[str, ...]
-    exists: bool
+    is_branch: bool
+
+    def stale(self, names: Iterable[str]) -> list[str]:
+        """Weight files that go when files of these names come."""
+        return sorted(name for name in self.files if name.endswith(OTHER_WEIGHTS) and name not in names)
 
 
 def read_head(api: HfApi, repo_id: str, revision: str | None) -> Head:
@@ -214,12 +272,12 @@ def read_head(api: HfApi, repo_id: str, revision: str | None) -> Head:
     """
     with api_errors(f"look at {repo_id}"):
         try:
-            info = api.model_info(repo_id, revision=revision)
+            info, is_branch = api.model_info(repo_id, revision=revision), True
         except RevisionNotFoundError:
-            return Head(None, (), exists=True)
+            info, is_branch = api.model_info(repo_id), False
         except RepositoryNotFoundError:
-            return Head(None, (), exists=False)
-    return Head(info.sha, tuple(file.rfilename for file in info.siblings or ()), exists=True)
+            return Head(None, (), is_branch=False)
+    return Head(info.sha, tuple(file.rfilename for file in info.siblings or ()), is_branch)
 
 
 def check_write_access(api: HfApi, repo_id: str) -> None:
@@ -264,18 +322,16 @@ def commit_files(
         HubError: The Hub refused, or the network failed.
         ChecksumError: The Hub holds other weights than were sent.
     """
-    stale = [name for name in head.files if name.endswith(OTHER_WEIGHTS) and name not in files]
     with api_errors(f"publish to {repo_id}"):
-        if not head.exists:
-            api.create_repo(repo_id, private=private, exist_ok=True)
         if head.commit is None:
-            if revision:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            api.create_repo(repo_id, private=private, exist_ok=True)
             head = read_head(api, repo_id, revision)
+        if revision and not head.is_branch:
+            api.create_branch(repo_id, branch=revision, revision=head.commit, exist_ok=True)
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(name, data) for name, data in files.items()]
-            + [CommitOperationDelete(name) for name in stale],
+            + [CommitOperationDelete(name) for name in head.stale(files)],
             commit_message=message,
             revision=revision,
             create_pr=create_pr,

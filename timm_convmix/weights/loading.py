@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -124,9 +125,16 @@ def load_repository(
     # a server that names another commit than was asked for, or hides the config, is no way around the manifest
     own = (r for r in manifest.values() if r.hub_id == repo_id and r.revision in (commit, revision))
     record = next(own, None)
-    digest = Digest(record.sha256, record.bytes) if record else config and stated_digest(config)
-    if digest:
-        return _fetch_verified(repo, filename, digest, what, cache_dir)
+    digest = None
+    try:
+        digest = Digest(record.sha256, record.bytes) if record else config and stated_digest(config)
+        if digest:
+            return _fetch_verified(repo, filename, digest, what, cache_dir)
+    except WeightsError:
+        again = None if record else _state_again(repo, what, cache_dir)
+        if again in (None, digest):
+            raise
+        return _fetch_verified(repo, filename, again, what, cache_dir)  # it was the config that was damaged
     path = download_weights(repo, what=what, filename=filename, cache_dir=cache_dir)
     _logger.warning("%s: %s states no checksum, its %s is loaded unverified.", what, repo, filename)
     return read_state_dict(path)
@@ -160,6 +168,14 @@ def stated_digest(config: Path) -> Digest | None:
         raise WeightsError(f"{config}: {CONFIG_KEY} states no sha256 and bytes ({error!r}).") from error
 
 
+def _state_again(repo: str, what: str, cache_dir: str | Path | None) -> Digest | None:
+    """The digest in a repository's config.json once that is downloaded anew; None where that brings nothing."""
+    with suppress(HubError, WeightsError):
+        config = download(repo, CONFIG_NAME, what=what, cache_dir=cache_dir, force_download=True)
+        return stated_digest(config) if config else None
+    return None
+
+
 def _fetch_verified(repo: str, filename: str, digest: Digest, what: str, cache_dir: str | Path | None) -> StateDict:
     """Download, or take from the cache, and verify; what does not verify is downloaded once more."""
     source = f"{what}: {filename} of {repo}"
@@ -176,6 +192,11 @@ def _fetch_verified(repo: str, filename: str, digest: Digest, what: str, cache_d
             return fetch(force_download=True)
         except HubError as error:
             raise ChecksumError(f"{cached} It could not be downloaded again: {error}") from error
+        except ChecksumError as again:
+            raise ChecksumError(
+                f"{again} That is so after a second download too: ask whoever publishes it, and who runs the proxy or"
+                " mirror (HF_ENDPOINT) in between, or pass pretrained=False."
+            ) from again
 
 
 # Tensors --------------------------------------------------------------------------------------------------------------
@@ -250,6 +271,8 @@ def load_strictly(
     heads = {f"{name}.{leaf}" for name in classifiers for leaf in ("weight", "bias")}
     stems = [f"{name}.weight" for name in names_of(cfg.get("first_conv"))]
     refused = f"{source} is not a checkpoint of {cfg.get('architecture', type(model).__name__)}"
+    if not state_dict:  # timm would look for others, on a Hub
+        raise WeightsError(f"{refused}: it holds no tensors.")
 
     def fit(tensors: StateDict, model: Any) -> StateDict:
         try:

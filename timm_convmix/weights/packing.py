@@ -360,8 +360,20 @@ def prove_same(source: Any, reloaded: Any, input_size: tuple[int, int, int], nam
 
 
 def format_recipe(recipe: dict[str, Any]) -> str:
-    """Arguments for ``train.py -c``: YAML with JSON values."""
-    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in recipe.items())
+    """Arguments for ``train.py -c``: YAML, a line each."""
+    return "".join(f"{key}: {yaml_of(value)}\n" for key, value in recipe.items())
+
+
+def yaml_of(value: Any) -> str:
+    """A JSON value as YAML 1.1 reads it, which takes 1e-05 for text and knows no surrogate pairs."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{yaml_of(key)}: {yaml_of(item)}' for key, item in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(yaml_of, value))}]"
+    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float) and "." not in text:
+        text = text.replace("e", ".0e")
+    return "".join(char if " " <= char <= "~" else f"\\U{ord(char):08x}" for char in text)
 
 
 def replace_folder(new: Path, place: Path) -> None:

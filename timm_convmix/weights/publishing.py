@@ -29,13 +29,17 @@ from timm_convmix.weights.packing import CARD_NAME, RECIPE_NAME
 
 PROOF = """
 import sys, timm, torch, timm_convmix
+from timm_convmix.weights.hub import one_line
 from timm_convmix.weights.measuring import probe_input
 x, logits = None, []
-for name in sys.argv[2:]:
-    model = timm.create_model(name, pretrained=True, cache_dir=sys.argv[1]).eval()
-    x = probe_input(model.pretrained_cfg["input_size"]) if x is None else x
-    with torch.no_grad():
-        logits.append(model(x))
+try:
+    for name in sys.argv[2:]:
+        model = timm.create_model(name, pretrained=True, cache_dir=sys.argv[1]).eval()
+        x = probe_input(model.pretrained_cfg["input_size"]) if x is None else x
+        with torch.no_grad():
+            logits.append(model(x))
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {one_line(error)}")
 sys.exit(0 if torch.equal(*logits) else "the published model gives other logits than the packed folder")
 """
 
@@ -78,12 +82,15 @@ def publish(
     own = record.hub_id.partition("/")[0] if record.hub_id else None
     repo_id = f"{choose_namespace(api, namespace or own)}/{name}"
     head = read_head(api, repo_id, revision)
-    if head.exists:
+    if head.commit:
         check_write_access(api, repo_id)
     files = files_of(name, record, folder, repo_id, existing_card(api, repo_id, head))
-    plan = dict(name=name, repo=repo_id, files=sorted(files), revision=None, url=f"{api.endpoint}/{repo_id}")
+    plan: dict[str, Any] = dict(
+        name=name, repo=repo_id, action="update" if head.commit else "create", files=sorted(files)
+    )
+    plan |= dict(deleted=head.stale(files), revision=None, url=f"{api.endpoint}/{repo_id}")
     if dry_run:
-        return plan | dict(action="update" if head.exists else "create")
+        return plan
     commit, pull_request = commit_files(
         api,
         repo_id,
@@ -97,9 +104,13 @@ def publish(
     prove_published(repo_id, commit, folder, api)
     if pull_request:
         return plan | dict(action="pull request", revision=commit, url=pull_request)
-    update_manifest(name, dataclasses.replace(record, state="published", hub_id=repo_id, revision=commit), manifest)
-    action = "none" if commit == head.commit else "update" if head.exists else "create"
-    return plan | dict(action=action, revision=commit)
+    try:
+        update_manifest(name, dataclasses.replace(record, state="published", hub_id=repo_id, revision=commit), manifest)
+    except OSError as error:
+        raise HubError(
+            f"{repo_id} at {commit} is published, but the manifest could not be written ({error}); run it again."
+        ) from error
+    return plan | dict(action="none" if commit == head.commit else plan["action"], revision=commit)
 
 
 def packed_entry(name: str, packed: Path, manifest: str | Path | None) -> tuple[WeightRecord, Path]:
@@ -142,13 +153,17 @@ def prove_published(repo_id: str, commit: str, folder: Path, api: HfApi) -> None
         ChecksumError: Its logits differ in any bit.
     """
     environment = dict(os.environ) | ({"HF_TOKEN": api.token} if isinstance(api.token, str) else {})
-    with tempfile.TemporaryDirectory() as cache:
-        names = [f"hf-hub:{repo_id}@{commit}", f"local-dir:{folder.resolve()}"]
-        command = [sys.executable, "-c", PROOF, cache, *names]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
-    if done.returncode:
-        reason = (done.stderr.strip() or "no message").splitlines()[-1]
+    names = [f"hf-hub:{repo_id}@{commit}", f"local-dir:{folder.resolve()}"]
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            command = [sys.executable, "-c", PROOF, cache, *names]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+        reason = (done.stderr.strip() or "no message").splitlines()[-1] if done.returncode else ""
+    except OSError as error:
+        reason = str(error)
+    if reason:
         kind = ChecksumError if "other logits" in reason else HubError
         raise kind(
-            f"{repo_id} at {commit} was committed, but did not prove itself ({reason}); the manifest is unchanged."
+            f"{repo_id} at {commit} was committed, but did not prove itself ({reason.rstrip('.')}); the manifest is"
+            " unchanged: run it again."
         )
