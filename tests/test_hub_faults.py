@@ -163,8 +163,8 @@ REFUSED_LATE = {  # at which request, how, and what the error says
     "429 at the upload": ("/preupload/", status(429, retry_after=9), ["429", "run it again later"]),
     "429 at the commit": ("/commit/", status(429, retry_after=9), ["429", "run it again later"]),
     "412 at the commit": ("/commit/", status(412), ["412", "somebody else has committed meanwhile; run it again"]),
-    "uploads refused": ("/lfs/", status(403), ["403", "write access to that namespace"]),
-    "uploads cut": ("/lfs/", cut_upload(), ["check the network and run it again: it goes on where it stopped"]),
+    "uploads refused": ("^/lfs/", status(403), ["403", "write access to that namespace"]),
+    "uploads cut": ("^/lfs/", cut_upload(), ["check the network and run it again: it goes on where it stopped"]),
     "gateway timeouts": ("/objects/batch", status(504), ["504", "the Hub failed; run it again"]),
 }
 
@@ -179,7 +179,7 @@ def test_refused_for_ever(fault, hub, desk, survives):
     survives(desk, False)
 
 
-@pytest.mark.parametrize("path", ["/preupload/", "/objects/batch", "/lfs/", "/verify"])
+@pytest.mark.parametrize("path", ["/preupload/", "/objects/batch", "^/lfs/", "/verify"])
 def test_slowed_down_once(path, hub, desk, survives):
     hub.fail("POST|PUT", path, status(429, retry_after=7))
     client = desk.run("publish")

@@ -46,7 +46,8 @@ def one_line(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.rstrip(".") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     text = ". ".join(lines[: 2 if isinstance(error, HfHubHTTPError) else 1])
-    return re.sub("Bearer .*", "Bearer ...", text)  # of a token that is no header
+    text = re.sub("Bearer .*", "Bearer ...", text)  # of a token that is no header
+    return re.sub(r"(https?://[^\s'?]+)\?[^\s']*", r"\1", text)  # the link of an upload is signed
 
 
 # Downloading ----------------------------------------------------------------------------------------------------------
@@ -124,9 +125,10 @@ def download(
         ahead = f"(`timm-convmix pull {what}` or `{command}`), use a folder (local-dir:DIR)"
     place: dict[str, Any] = dict(revision=revision or None, cache_dir=cache_dir)
     present = force_download and try_to_load_from_cache(repo_id, filename, **place)
-    with hub_errors(what, source, ahead), _aside(Path(present) if isinstance(present, str) else None):
+    with hub_errors(what, source, ahead):
         try:
-            path = client().hf_hub_download(repo_id, filename, **place, force_download=force_download)
+            with _aside(Path(present) if isinstance(present, str) else None):
+                path = client().hf_hub_download(repo_id, filename, **place, force_download=force_download)
         except LocalEntryNotFoundError:  # not in the cache and the network is away, which says nothing of the file
             raise
         except EntryNotFoundError:
