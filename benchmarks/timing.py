@@ -188,14 +188,14 @@ def conditions(*, device: str, threads: int, clock: str, seed: int, argv: Sequen
     """The fields of a ``Row`` that say where and how it was measured.
 
     Args:
-        device: Of torch, such as 'cpu' or 'cuda:0'.
+        device: Of torch, such as 'cpu', 'cuda:0' or 'meta'.
         threads: As asked for; this function sets nothing.
         clock: A key of ``CLOCKS``.
         seed: Of weights and images.
         argv: The command's words.
     """
     return dict(
-        device=torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu_name(),
+        device=device_name(device),
         threads=threads,
         clock=clock,
         load=round(os.getloadavg()[0], 1),
@@ -208,8 +208,12 @@ def conditions(*, device: str, threads: int, clock: str, seed: int, argv: Sequen
     )
 
 
-def cpu_name() -> str:
-    """Name of the processor, with the vector instructions that torch uses."""
+def device_name(device: str) -> str:
+    """Name of a GPU, or of the CPU with the vector instructions that torch uses; 'meta' computes nothing."""
+    if device == "meta":
+        return device
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
