@@ -5,13 +5,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 from forks import Client, Forks
+from huggingface_hub import constants
 from loopback_hub import Hub, client_env
 
 from timm_convmix.weights.manifest import MANIFEST_NAME, read_manifest
 
 NAME = "convmix_test_resnet.digits"
 REPO = f"alice/{NAME}"
+
+needs_unlinked_cache = pytest.mark.skipif(
+    not hasattr(constants, "HF_HUB_DISABLE_SYMLINKS"), reason="this huggingface_hub cannot be told to use no links"
+)
 
 
 class Desk:

@@ -604,7 +604,7 @@ class Hub(ThreadingTCPServer):
 def serve() -> Iterator[Hub]:
     """A Hub until the end of the context, which raises what went wrong in the Hub itself."""
     with Hub() as hub:  # leaving it waits for every thread
-        loop = Thread(target=hub.serve_forever, args=(0.05,))
+        loop = Thread(target=hub.serve_forever, args=(0.01,))
         loop.start()
         try:
             yield hub

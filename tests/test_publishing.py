@@ -10,8 +10,8 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from desks import NAME, REPO
-from huggingface_hub import ModelCard, constants
+from desks import NAME, REPO, needs_unlinked_cache
+from huggingface_hub import ModelCard
 from loopback_hub import File, serve
 from test_training import SCRIPTS, needs_scripts
 
@@ -270,18 +270,7 @@ def reader(hub, desks, published):
     return desks(None)
 
 
-@pytest.mark.parametrize(
-    "links",
-    [
-        True,
-        pytest.param(
-            False,
-            marks=pytest.mark.skipif(
-                not hasattr(constants, "HF_HUB_DISABLE_SYMLINKS"), reason="this huggingface_hub cannot do without links"
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("links", [True, pytest.param(False, marks=needs_unlinked_cache)])
 def test_a_pinned_weight_is_fetched_once(links, reader, hub, published):
     env = {} if links else {"HF_HUB_DISABLE_SYMLINKS": "1"}
     client = reader.load(NAME, "convmix_test_resnet", package=published.package, env=env)
