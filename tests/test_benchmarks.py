@@ -1,6 +1,8 @@
 """The benchmarks: what they count, the order in which they time, that their bars can fail, what they write."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -253,6 +255,31 @@ def test_a_backbone_that_cannot_train_on_one_image_is_left_out(tmp_path, capsys)
     assert cost.main([*options, "--results", str(tmp_path)]) == 0
     assert "training_ms" not in {r.metric for r in timing.read_rows(tmp_path / "cost.csv")}
     assert "test_resnet, training step at batch 1: Expected more than 1 value" in capsys.readouterr().err
+
+
+def test_keeping_the_heap_starts_over_with_another_allocator(tmp_path, monkeypatch):
+    started = []
+
+    def start(command, env, **_):
+        started.append((command, {name: env[name] for name in cost.KEEP_HEAP}))
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", start)
+    options = ["--archs", "test_resnet", "--results", str(tmp_path), "--keep-heap"]
+    assert cost.main(options) == 3
+    assert started == [([sys.executable, "-m", "benchmarks.cost", *options], cost.KEEP_HEAP)]
+    for name, value in cost.KEEP_HEAP.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cost, "run", lambda *_: [])
+    assert cost.main(options) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [([], "eager"), (["--compile", "--channels-last", "--keep-heap"], "compiled, channels_last, heap kept")],
+)
+def test_the_mode_is_named(options, mode):
+    assert cost.name_mode(cost.build_parser().parse_args(options)) == mode
 
 
 def test_census_of_one_family(tmp_path):
