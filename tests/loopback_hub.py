@@ -570,6 +570,25 @@ class Hub(ThreadingTCPServer):
             listed["pullRequests" if pull else "branches"].append(entry)
         return _json(listed)
 
+    @route("GET", "/api/models/{repo}/discussions")
+    def discussions(self, request: Request, repo: Repo) -> Answer:
+        """The pull requests, all of them open; a page each, so that the client has to turn pages."""
+        pulls = [(ref, oid) for ref, oid in repo.refs.items() if ref.startswith("refs/pr/")]
+        start = int(request.query["p"][0])
+        listed = [
+            {
+                "title": repo.commits[oid].title,
+                "num": int(ref.removeprefix("refs/pr/")),
+                "author": {"name": repo.id.partition("/")[0]},
+                "createdAt": "2026-01-01T00:00:00.000Z",
+                "status": "open",
+                "repo": {"name": repo.id, "type": "model"},
+                "isPullRequest": True,
+            }
+            for ref, oid in pulls[start : start + 1]
+        ]
+        return _json({"discussions": listed, "count": len(pulls), "start": start})
+
     @route("POST", "/api/models/{repo}/branch/{rev}")
     def create_branch(self, request: Request, repo: Repo, rev: str) -> Answer:
         self._pass_writer(request, repo)

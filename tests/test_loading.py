@@ -329,8 +329,8 @@ def test_offline_and_not_cached_names_what_is_missing_and_the_remedies(weights, 
         f"{NAME}: could not get its weights from someone/net at {COMMIT}, file model.safetensors ("
     )
     assert message.endswith(
-        f"fetch them ahead (`timm-convmix pull {NAME}` or `hf download someone/net model.safetensors --revision"
-        f" {COMMIT}`), use a folder (local-dir:DIR), or pass pretrained=False."
+        f"fetch them ahead (`timm-convmix pull hf-hub:someone/net@{COMMIT}` or `hf download someone/net"
+        f" model.safetensors --revision {COMMIT}`), use a folder (local-dir:DIR), or pass pretrained=False."
     )
 
 

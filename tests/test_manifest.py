@@ -13,6 +13,7 @@ import resource
 import stat
 import string
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 
 import jsonschema
@@ -568,6 +569,14 @@ def test_an_entry_is_added_and_replaced(tmp_path):
     assert read_manifest(path) == {"convmix_a.b": published(), NAME: record(epochs=9)}
     assert list(json.loads(path.read_text())["weights"]) == ["convmix_a.b", NAME]
     assert alone(path)
+
+
+def test_writers_take_turns(tmp_path):
+    path = tmp_path / MANIFEST_NAME
+    names = [f"convmix_a.w{number}" for number in range(24)]
+    with ThreadPoolExecutor(8) as writers:
+        list(writers.map(lambda name: update_manifest(name, record(), path), names))
+    assert read_manifest(path).keys() == set(names)
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o644, 0o664, 0o755])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from desks import NAME, REPO, needs_unlinked_cache
 from huggingface_hub import ModelCard
-from loopback_hub import File, serve
+from loopback_hub import File, lose, serve
 from test_training import SCRIPTS, needs_scripts
 
 from timm_convmix.weights.hub import WEIGHTS_NAME
@@ -150,9 +150,22 @@ def test_a_pull_request(hub, desk):
     proposed = repo.at("refs/pr/1")
     assert (proposed.oid, proposed.parent) == (row["revision"], begun.oid)
     assert proposed.files.keys() == {".gitattributes", "onnx/net.onnx", *FILES}
+    assert desk.run("publish", "--create-pr").rows == [row], "no second one is opened"
+    assert commits(hub) == 1
     repo.refs["main"] = proposed.oid  # it is merged
     [row] = desk.run("publish").rows
     assert (row["action"], desk.record.revision) == ("none", proposed.oid)
+
+
+def test_a_pull_request_whose_answer_was_lost(hub, desk):
+    repo = hub.create(REPO, BEGUN)
+    repo.commit({"note.md": b"of somebody else"}, "Another", "refs/pr/1", repo.at().oid)
+    hub.fail("POST", "/commit/", lose())
+    desk.fails(desk.run("publish", "--create-pr"), f"Could not publish to {REPO}", "run it again")
+    [row] = desk.run("publish", "--create-pr").rows
+    assert (row["action"], row["url"]) == ("pull request", f"{hub.url}/{REPO}/discussions/2")
+    assert row["revision"] == repo.at("refs/pr/2").oid
+    assert repo.refs.keys() == {"main", "refs/pr/1", "refs/pr/2"}
 
 
 def test_every_entry(hub, desk, tmp_path):
@@ -162,11 +175,13 @@ def test_every_entry(hub, desk, tmp_path):
     shutil.copytree(folders / NAME, folders / other)
     desk.manifest.write_text(format_manifest({NAME: desk.record, other: desk.record}))
     given = ["publish", "--json", "--all", "--yes", "--packed", str(folders), "--manifest", str(desk.manifest)]
-    (folders / other / "recipe.yaml").rename(folders / other / "moved.yaml")
-    desk.fails(desk.cli(*given), f"{other} holds no recipe.yaml: pack {other} again")
-    assert [record.state for record in read_manifest(desk.manifest).values()] == ["published", "packed"]
-    (folders / other / "moved.yaml").rename(folders / other / "recipe.yaml")
-    assert [row["action"] for row in desk.cli(*given).rows] == ["none", "create"]
+    (folders / NAME / "recipe.yaml").rename(folders / NAME / "moved.yaml")
+    client = desk.cli(*given)
+    assert (client.status, [row["name"] for row in client.rows]) == (1, [other])
+    assert f"timm-convmix publish: {folders / NAME} holds no recipe.yaml: pack {NAME} again" in client.err
+    assert [record.state for record in read_manifest(desk.manifest).values()] == ["packed", "published"]
+    (folders / NAME / "moved.yaml").rename(folders / NAME / "recipe.yaml")
+    assert [row["action"] for row in desk.cli(*given).rows] == ["create", "none"]
     assert hub.repos.keys() == {REPO, f"alice/{other}"}
     assert {record.hub_id for record in read_manifest(desk.manifest).values()} == hub.repos.keys()
 
@@ -226,10 +241,68 @@ def test_verify_and_pull(hub, desks, published, digits):
     client = desk.run("verify", "--data", str(digits), "--quiet")
     assert (client.status, client.err) == (0, "")
     [row] = client.rows
-    assert list(row) == ["name", "state", "bytes", "probe", "top1", "ok", "error"]
+    assert list(row) == ["name", "state", "hub", "bytes", "probe", "top1", "ok", "error"]
     assert row["top1"] == pytest.approx(record.metrics.top1, abs=1e-3)
     assert float(row["probe"]) <= record.probe.tolerance
-    assert (row["state"], row["bytes"], row["ok"], row["error"]) == ("published", "ok", True, None)
+    assert [row[key] for key in ("state", "hub", "bytes", "ok", "error")] == ["published", "ok", "ok", True, None]
+    client = desk.run("verify", HF_HUB_OFFLINE="1")
+    assert [client.rows[0][key] for key in ("hub", "bytes", "ok")] == [None, "ok", True]
+
+
+def test_verify_asks_the_hub_whatever_the_cache_holds(hub, desks, published):
+    hub.repos[REPO] = deepcopy(published.repo)
+    desk = desks(None, manifest=published.manifest)
+    assert desk.run("pull").status == 0
+    commit = hub.repos[REPO].at()
+    commit.files[WEIGHTS_NAME] = File(commit.files[WEIGHTS_NAME].data[:-1] + b"?", lfs=True)
+    client = desk.run("verify")
+    assert client.status == 1
+    assert f"{NAME}: expected sha256 {published.record.sha256} of {WEIGHTS_NAME}, but {REPO}" in client.rows[0]["error"]
+    del commit.files[WEIGHTS_NAME]
+    assert desk.run("verify").rows[0]["error"].endswith(f"{REPO} at {commit.oid} has no such large file.")
+    del hub.repos[REPO]
+    row = desk.run("verify").rows[0]
+    assert (row["ok"], row["hub"], row["bytes"]) == (False, None, None)
+    assert f"could not get its weights from {REPO} at {commit.oid}" in row["error"]
+
+
+def test_verify_names_what_cannot_be_built(hub, desk):
+    lost = replace(desk.record, model_args=dict(mixer="lost"))
+    strange = replace(desk.record, model_args=dict(word="unknown"))
+    names = ["convmix_no_such_arch.digits", NAME, NAME + "_strange"]
+    desk.manifest.write_text(format_manifest(dict(zip(names, [desk.record, lost, strange], strict=True))))
+    folders = desk.folder / "folders"
+    for name in names:
+        shutil.copytree(desk.packed.folders / NAME, folders / name)
+    client = desk.cli("verify", "--json", "--manifest", str(desk.manifest), "--packed", str(folders))
+    assert client.status == 1
+    errors = {row["name"]: row["error"] for row in client.rows}
+    assert "convmix_no_such_arch.digits cannot be built (Unknown model" in errors[names[0]]
+    assert "Unknown mixer 'lost'" in errors[names[1]]
+    assert f"{names[2]} cannot be built (" in errors[names[2]]
+    assert "'word'" in errors[names[2]]
+
+
+def test_pull_a_repository_of_the_hub(hub, desks, published):
+    hub.repos[REPO] = deepcopy(published.repo)
+    desk = desks(None)
+    commit = published.record.revision
+    command = ["pull", "--json", "--manifest", str(desk.manifest)]
+    client = desk.cli(*command, f"hf-hub:{REPO}", NAME)
+    assert (client.status, client.err) == (1, "")
+    row = dict(source=REPO, revision=commit, bytes=published.record.bytes, ok=True, error=None)
+    assert client.rows[0] == dict(name=f"hf-hub:{REPO}") | row
+    assert client.rows[1]["error"].startswith(f"{NAME} is trained and packed, but not published")
+    asked = len(hub.requests)
+    pinned = f"hf-hub:{REPO}@{commit}"
+    assert desk.cli(*command, pinned).rows == [dict(name=pinned) | row]
+    assert desk.load(pinned, env={"HF_HUB_OFFLINE": "1"}).out.strip() == published.logits
+    assert len(hub.requests) == asked
+    hub.create("alice/bare", {WEIGHTS_NAME: b"x"})
+    client = desk.cli(*command, "hf-hub:alice/bare", "hf-hub:alice/lost")
+    assert client.status == 1
+    assert "alice/bare holds no config.json" in client.rows[0]["error"]
+    assert "could not get its weights from alice/lost" in client.rows[1]["error"]
 
 
 def test_verify_and_pull_say_what_fails(hub, desks, published):
@@ -299,7 +372,7 @@ def test_offline_and_not_cached(reader, hub, published):
         f"HubError: {NAME}: could not get its weights from {REPO} at {revision}, file {WEIGHTS_NAME} (",
         "offline mode is enabled",
         "HF_HUB_OFFLINE",
-        f"(`timm-convmix pull {NAME}` or `hf download {REPO} {WEIGHTS_NAME} --revision {revision}`)",
+        f"(`timm-convmix pull hf-hub:{REPO}@{revision}` or `hf download {REPO} {WEIGHTS_NAME} --revision {revision}`)",
         "(local-dir:DIR)",
         "pretrained=False",
     ):

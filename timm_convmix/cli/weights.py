@@ -6,6 +6,7 @@ from typing import Any
 
 from timm.utils import ParseKwargs
 
+from timm_convmix.errors import ConvMixError
 from timm_convmix.weights.packing import DTYPES, Images, pack, read_checkpoint
 from timm_convmix.weights.publishing import publish
 from timm_convmix.weights.verifying import pull, select, verify
@@ -119,23 +120,28 @@ def _add_publish(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     parser.set_defaults(run=run_publish)
 
 
-def run_publish(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Publish; a row an entry."""
+def run_publish(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
+    """Publish; a row an entry that was, a line on stderr for one that was not, and then 1."""
     if not (args.yes or args.dry_run):
         sys.stderr.write("Nothing is written without --yes; this is what would be done:\n")
-    return [
-        publish(
-            name,
-            packed=args.packed,
-            manifest=args.manifest,
-            namespace=args.namespace,
-            revision=args.revision,
-            private=args.private,
-            create_pr=args.create_pr,
-            dry_run=args.dry_run or not args.yes,
-        )
-        for name in select(args.names, args.manifest)
-    ]
+    rows, status = [], 0
+    for name in select(args.names, args.manifest):
+        try:
+            row = publish(
+                name,
+                packed=args.packed,
+                manifest=args.manifest,
+                namespace=args.namespace,
+                revision=args.revision,
+                private=args.private,
+                create_pr=args.create_pr,
+                dry_run=args.dry_run or not args.yes,
+            )
+            rows.append(row)
+        except (ConvMixError, OSError) as error:  # noqa: PERF203  (the others go on)
+            sys.stderr.write(f"timm-convmix publish: {error}\n")
+            status = 1
+    return rows, status
 
 
 def _add_verify(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -174,9 +180,16 @@ def _add_pull(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "pull",
         help="weights ahead of time, for a machine that will be offline",
         description="Download weights into huggingface_hub's cache (HF_HOME) and verify them.",
-        epilog="examples:\n  timm-convmix pull convmix_resnet18_cifar.cifar10\n  timm-convmix pull --cache-dir cache\n",
+        epilog="examples:\n"
+        "  timm-convmix pull convmix_resnet18_cifar.cifar10\n"
+        "  timm-convmix pull hf-hub:my-team/convmix_resnet50.mine --cache-dir cache\n",
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="convmix_ARCH.TAG of the manifest (default: all)")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="convmix_ARCH.TAG of the manifest, or hf-hub:NAMESPACE/NAME[@REVISION] (default: all of the manifest)",
+    )
     parser.add_argument("--cache-dir", metavar="DIR", help="cache of huggingface_hub")
     _add_manifest(parser)
     parser.set_defaults(run=run_pull)

@@ -26,6 +26,8 @@ from safetensors import SafetensorError
 from timm_convmix.errors import ChecksumError, HubError, WeightsError
 from timm_convmix.version import __version__
 
+HUB_PREFIX = "hf-hub:"
+"""Of timm's names of Hub repositories."""
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 OTHER_WEIGHTS = (".bin", ".ckpt", ".h5", ".msgpack", ".pickle", ".pkl", ".pt", ".pth", ".safetensors", ".tar")
@@ -122,7 +124,7 @@ def download(
     if revision:
         source = f"{repo_id} at {revision}, file {filename}"
         command = f"hf download {repo_id} {filename} --revision {revision}"
-        ahead = f"(`timm-convmix pull {what}` or `{command}`), use a folder (local-dir:DIR)"
+        ahead = f"(`timm-convmix pull {HUB_PREFIX}{repo}` or `{command}`), use a folder (local-dir:DIR)"
     place: dict[str, Any] = dict(revision=revision or None, cache_dir=cache_dir)
     present = force_download and try_to_load_from_cache(repo_id, filename, **place)
     with hub_errors(what, source, ahead):
@@ -315,7 +317,8 @@ def commit_files(
 ) -> tuple[str, str | None]:
     """Bring files to a repository in one commit, on top of the head that was looked at, stale weight files removed.
 
-    Where the files stand there already, nothing is committed.
+    Where the files stand there already, nothing is committed; where an open pull request of that message brings the
+    weights already, none is opened: the answer to the first attempt may have been lost.
 
     Returns:
         The commit, and the address of the pull request if one was asked for.
@@ -330,6 +333,9 @@ def commit_files(
             head = read_head(api, repo_id, revision)
         if revision and not head.is_branch:
             api.create_branch(repo_id, branch=revision, revision=head.commit, exist_ok=True)
+        weights = {name: sha256(data).hexdigest() for name, data in files.items() if name.endswith(".safetensors")}
+        if create_pr and (opened := _open_request(api, repo_id, weights, message)):
+            return opened
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(name, data) for name, data in files.items()]
@@ -339,9 +345,22 @@ def commit_files(
             create_pr=create_pr,
             parent_commit=head.commit,
         )
-        stored = api.get_paths_info(repo_id, list(files), revision=commit.oid)
-    digests = {file.path: file.lfs.sha256 for file in stored if isinstance(file, RepoFile) and file.lfs}
-    weights = {name: sha256(data).hexdigest() for name, data in files.items() if name.endswith(".safetensors")}
-    if wrong := sorted(name for name in weights if digests.get(name) != weights[name]):
+        stored = stored_digests(api, repo_id, commit.oid, weights)
+    if wrong := sorted(name for name in weights if stored.get(name) != weights[name]):
         raise ChecksumError(f"{repo_id} at {commit.oid} holds another {', '.join(wrong)} than was sent; do not use it.")
     return commit.oid, commit.pr_url
+
+
+def stored_digests(api: HfApi, repo_id: str, revision: str, filenames: Iterable[str]) -> dict[str, str]:
+    """The sha256 that the Hub states of large files at a revision, by name; those that are not there left out."""
+    stored = api.get_paths_info(repo_id, list(filenames), revision=revision)
+    return {file.path: file.lfs.sha256 for file in stored if isinstance(file, RepoFile) and file.lfs}
+
+
+def _open_request(api: HfApi, repo_id: str, weights: Mapping[str, str], title: str) -> tuple[str, str] | None:
+    """The head and the address of an open pull request that brings these weights (name -> sha256) under this title."""
+    for found in api.get_repo_discussions(repo_id, discussion_type="pull_request", discussion_status="open"):
+        reference = f"refs/pr/{found.num}"
+        if found.title == title and stored_digests(api, repo_id, reference, weights) == weights:
+            return str(api.model_info(repo_id, revision=reference).sha), found.url
+    return None

@@ -5,6 +5,7 @@ Schema that ships beside this file.
 """
 
 import dataclasses
+import getpass
 import json
 import math
 import os
@@ -13,8 +14,11 @@ import sys
 import tempfile
 import types
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from huggingface_hub.utils import WeakFileLock
 
 from timm_convmix.errors import ManifestError
 
@@ -378,11 +382,15 @@ def format_manifest(records: Manifest) -> str:
 def update_manifest(name: str, record: WeightRecord, path: str | Path | None = None) -> None:
     """Add or replace one entry; a reader sees the old file or the new one, never a part.
 
+    A user's processes take turns, so that none loses the entry of another.
+
     Raises:
         ManifestError: The present file, or the new entry, is not valid.
     """
     path = Path(path or manifest_path())
-    write_atomically(path, format_manifest(read_manifest(path) | {fit(Name, name, "weights"): record}).encode())
+    place = sha256(f"{getpass.getuser()} {path.resolve()}".encode()).hexdigest()
+    with WeakFileLock(Path(tempfile.gettempdir(), f"timm_convmix-{place[:16]}.lock")):  # stays; not beside the file
+        write_atomically(path, format_manifest(read_manifest(path) | {fit(Name, name, "weights"): record}).encode())
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -212,12 +212,14 @@ def pack(
         The record, as it now stands in the manifest.
 
     Raises:
-        PackingError: The checkpoint does not fit, or the reloaded model is not the one that was trained.
+        PackingError: The checkpoint or an argument does not fit, or the reloaded model is not the one that was trained.
         ManifestError: The manifest, or the record, is not valid.
         WeightsError: The tensors are not those of the architecture.
     """
     arch, _ = split_model_name_tag(fit(Name, name, "name"))
     args = saved.args
+    if dtype not in DTYPES:
+        raise PackingError(f"dtype={dtype!r} is none of {', '.join(DTYPES)}.")
     if not is_model(arch):
         raise PackingError(f"{name}: timm knows no {arch}; see `timm-convmix list`.")
     if (trained := split_model_name_tag(args.get("model", arch))[0]) != arch:

@@ -7,11 +7,21 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import is_offline_mode
 from timm.models import split_model_name_tag
 
-from timm_convmix.errors import ConvMixError, ManifestError
-from timm_convmix.weights.hub import WEIGHTS_NAME
-from timm_convmix.weights.loading import Digest, StateDict, load_record, load_strictly, read_verified
+from timm_convmix.errors import ChecksumError, ConvMixError, ManifestError
+from timm_convmix.weights.hub import (
+    CONFIG_NAME,
+    HUB_PREFIX,
+    WEIGHTS_NAME,
+    client,
+    download,
+    download_weights,
+    hub_errors,
+    stored_digests,
+)
+from timm_convmix.weights.loading import Digest, StateDict, load_record, load_repository, load_strictly, read_verified
 from timm_convmix.weights.manifest import WeightRecord, read_manifest
 from timm_convmix.weights.measuring import dataset_checksum, evaluate, open_dataset, probe_input
 
@@ -36,20 +46,46 @@ def pull(
 ) -> list[dict[str, Any]]:
     """Download weights into huggingface_hub's cache and verify them, for a machine that will be offline.
 
+    Args:
+        names: Of entries, or ``hf-hub:NAMESPACE/NAME[@revision]``; all of the manifest if there is none.
+        manifest: The weights_manifest.json; None is this package's own.
+        cache_dir: Of huggingface_hub.
+
     Returns:
-        A row a weight: name, source, revision, bytes, ok, error.
+        A row a weight: name, source, revision (of a repository the commit that it resolved to), bytes, ok, error.
+
+    Raises:
+        ManifestError: There is no such entry, or the manifest is not valid.
     """
+    entries = [name for name in names if not name.startswith(HUB_PREFIX)]
+    records = select(entries, manifest) if entries or not names else {}
     rows = []
-    for name, record in select(names, manifest).items():
-        error = None
+    for name in names or records:
+        record = records.get(name)
+        row = dict(name=name, source=None, revision=None, bytes=None, ok=False, error=None)
         try:
-            load_record(record, name=name, cache_dir=cache_dir)
+            if record:
+                row |= dict(source=record.embedded or record.hub_id, revision=record.revision, bytes=record.bytes)
+                load_record(record, name=name, cache_dir=cache_dir)
+            else:
+                row |= _pull_repository(name, manifest, cache_dir)
+            row["ok"] = True
         except (ConvMixError, OSError) as failure:
-            error = str(failure)
-        source = record.embedded or record.hub_id
-        row = dict(name=name, source=source, revision=record.revision, bytes=record.bytes)
-        rows.append(row | dict(ok=error is None, error=error))
+            row["error"] = str(failure)
+        rows.append(row)
     return rows
+
+
+def _pull_repository(name: str, manifest: str | Path | None, cache_dir: str | Path | None) -> dict[str, Any]:
+    """Fetch config and weights of a repository at one commit, checked as when they are loaded."""
+    repo_id, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
+    config = download(f"{repo_id}@{revision}" if revision else repo_id, CONFIG_NAME, what=name, cache_dir=cache_dir)
+    if config is None:
+        raise ManifestError(f"{name}: {repo_id} holds no {CONFIG_NAME}, so timm cannot build a model of it.")
+    repo = f"{repo_id}@{config.parent.name}"
+    load_repository(repo, read_manifest(manifest), what=name, cache_dir=cache_dir)
+    weights = download_weights(repo, what=name, cache_dir=cache_dir)  # from the cache
+    return dict(source=repo_id, revision=config.parent.name, bytes=weights.stat().st_size)
 
 
 def verify(
@@ -74,15 +110,19 @@ def verify(
         quiet: Show no progress bar.
 
     Returns:
-        A row an entry: name, state, bytes ('ok' once they are those recorded), probe, top1 (measured anew, in percent),
-        ok, error.
+        A row an entry: name, state, hub ('ok' once the Hub states the recorded digest at the pinned commit; None where
+        the entry is on no Hub, or HF_HUB_OFFLINE is set), bytes ('ok' once they are those recorded), probe (how far the
+        worst logit is off), top1 (measured anew, in percent), ok, error.
     """
     rows = []
     for name, record in select(names, manifest).items():
         row: dict[str, Any] = dict(
-            name=name, state=record.state, bytes=None, probe=None, top1=None, ok=False, error=None
+            name=name, state=record.state, hub=None, bytes=None, probe=None, top1=None, ok=False, error=None
         )
         try:
+            if record.state == "published" and not is_offline_mode():
+                check_hub(name, record)
+                row["hub"] = "ok"
             tensors = _tensors(name, record, Path(packed), cache_dir)
             row["bytes"] = "ok"
             model = build(name, record, tensors)
@@ -103,14 +143,35 @@ def _tensors(name: str, record: WeightRecord, packed: Path, cache_dir: str | Pat
     return load_record(record, name=name, cache_dir=cache_dir)
 
 
+def check_hub(name: str, record: WeightRecord) -> None:
+    """Ask the Hub, whatever the cache holds, for the pinned file.
+
+    Raises:
+        HubError: It cannot be asked, or has no such repository or commit.
+        ChecksumError: It has no such file, or another.
+    """
+    repo_id, revision = str(record.hub_id), str(record.revision)
+    with hub_errors(name, f"{repo_id} at {revision}"):
+        found = stored_digests(client(), repo_id, revision, [record.filename]).get(record.filename)
+    if found != record.sha256:
+        states = f"states sha256 {found}" if found else "has no such large file"
+        raise ChecksumError(
+            f"{name}: expected sha256 {record.sha256} of {record.filename}, but {repo_id} at {revision} {states}."
+        )
+
+
 def build(name: str, record: WeightRecord, tensors: StateDict) -> Any:
     """The model of an entry, with these tensors.
 
     Raises:
-        WeightsError: They are not those of the architecture.
+        ManifestError: There is no such architecture, or it does not take the recorded arguments.
+        WeightsError: The tensors are not those of the architecture.
     """
     arch, _ = split_model_name_tag(name)
-    model = timm.create_model(arch, num_classes=record.num_classes, **record.model_args)
+    try:
+        model = timm.create_model(arch, num_classes=record.num_classes, **record.model_args)
+    except (RuntimeError, TypeError) as error:
+        raise ManifestError(f"{name} cannot be built ({error}); was it recorded with other versions?") from error
     load_strictly(model, tensors, source=name)
     return model.eval()
 
