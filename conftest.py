@@ -86,5 +86,5 @@ def readme_weights(hub_cache, save_plain):
 
 
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser()], pattern="README.md", fixtures=["readme_weights"]
+    parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"], fixtures=["readme_weights"]
 ).pytest()
