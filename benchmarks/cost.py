@@ -5,6 +5,7 @@
     python -m benchmarks.cost --device cuda --batch 1 128
     python -m benchmarks.cost larger                the next larger backbone of the family instead of the twin
     python -m benchmarks.cost scaling               resolution and depth
+    python -m benchmarks.cost schemes               every scheme of benchmarks.schemes on a small backbone
     python -m benchmarks.cost census                parameters and MACs of every registered architecture, in minutes
     python -m benchmarks.cost table --write         the README's tables, from what these wrote to benchmarks/results
 
@@ -32,6 +33,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_convmix  # noqa: F401  (registers the variants)
+from benchmarks import schemes
 from benchmarks.timing import (
     CLOCKS,
     README,
@@ -145,7 +147,9 @@ def count_saved_bytes(model: nn.Module, images: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model.train()(images).sum()  # while it lives the graph does, and no address is used again
+        loss = torch.cat(
+            schemes.as_list(model.train()(images))
+        ).sum()  # while it lives the graph does, and no address is used again
     del loss
     return sum(kept.values())
 
@@ -175,7 +179,7 @@ def training_step(model: nn.Module, run: Forward, images: Tensor) -> Callable[[]
 
     def step() -> None:
         optimizer.zero_grad()
-        torch.autograd.backward(F.cross_entropy(run(images), labels))
+        torch.autograd.backward(schemes.total_loss(run(images), labels, F.cross_entropy))
         optimizer.step()
 
     return step
@@ -229,7 +233,17 @@ class Task:
 
 
 def build_pair(base: str, other: str, device: str) -> tuple[nn.Module, nn.Module]:
-    """Two models; a twin's base is its own backbone, so that the same weights lie at the same place in memory."""
+    """Two models; a twin's base is its own backbone, so that the same weights lie at the same place in memory.
+
+    Args:
+        base: An architecture of timm.
+        other: Another, or ``BASE:SCHEME``.
+        device: Of torch.
+    """
+    if other.startswith(f"{base}:"):
+        scheme = other.removeprefix(f"{base}:")
+        plain, model = (schemes.build(base, name, num_classes=100, seed=0).to(device) for name in ("last", scheme))
+        return plain, model
     model = timm.create_model(other, device=device)
     return (model.backbone if other == f"convmix_{base}" else timm.create_model(base, device=device)), model
 
@@ -304,6 +318,13 @@ def choose_tasks(args: argparse.Namespace) -> list[Task]:
             Task("scaling", arch, f"convmix_{arch}", size, (1,), ("macs", "inference_ms")) for arch, size in SCALING
         ]
     metrics = [metric for metric in (*COUNTS, *TIMES) if metric != "cuda_peak_bytes" or args.device.startswith("cuda")]
+    if args.what == "schemes":
+        return [
+            Task("schemes", arch, f"{arch}:{scheme}", args.size or 32, args.batch or (128,), metrics)
+            for arch in args.archs or ("resnet18_cifar",)
+            for scheme in schemes.ALL
+            if scheme != "last"
+        ]
     if args.what == "larger":
         metrics = [metric for metric in metrics if not metric.endswith("bytes")]
         return [Task("larger", arch, NEXT_LARGER[arch], 224, (1,), metrics) for arch in NEXT_LARGER]
@@ -349,6 +370,9 @@ def render(rows: Sequence[Row], census: Sequence[Row]) -> str:
         scaling = [row for row in here if row.part == "scaling"]
         title = "The twin to its plain backbone, as resolution and depth grow"
         blocks.append((title, pivot(scaling, label=lambda row: f"{row.base}, {row.input}"), scaling))
+        compared = [row for row in here if row.part == "schemes"]
+        title = "Every scheme to its plain backbone, 100 classes"
+        blocks.append((title, pivot(compared, label=lambda row: f"{row.other}, {row.input}"), compared))
     if census:
         title = f"The twin to its plain backbone, over all {len({row.base for row in census})} architectures"
         blocks.append((title, distribution(census), census))
@@ -403,11 +427,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cost", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = ("measure", "larger", "scaling", "census", "table")
+    commands = ("measure", "larger", "scaling", "schemes", "census", "table")
     parser.add_argument("what", nargs="?", default="measure", choices=commands)
-    parser.add_argument("--archs", nargs="+", metavar="ARCH", help="of measure: timm's names, without the prefix")
-    parser.add_argument("--size", type=int, metavar="PX", help="of measure: images' height and width")
-    parser.add_argument("--batch", type=int, nargs="+", help="of measure (1 8, and 1 32 at 64 px and below)")
+    parser.add_argument(
+        "--archs", nargs="+", metavar="ARCH", help="of measure and schemes: timm's names, without the prefix"
+    )
+    parser.add_argument("--size", type=int, metavar="PX", help="of measure and schemes: images' height and width")
+    parser.add_argument(
+        "--batch", type=int, nargs="+", help="(measure: 1 8, and 1 32 at 64 px and below; schemes: 128)"
+    )
     parser.add_argument("--pattern", default="convmix_*", help="of census: wildcards")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, on the CPU")

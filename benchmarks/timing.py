@@ -12,7 +12,7 @@ from datetime import date
 from math import comb
 from pathlib import Path
 from timeit import Timer
-from typing import Any
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import timm
 import torch
@@ -223,23 +223,43 @@ def device_name(device: str) -> str:
 # Keeping --------------------------------------------------------------------------------------------------------------
 
 
-def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a CSV; a new file gets its header first."""
+class Keyed(Protocol):
+    """A dataclass of strings and numbers, one line of a CSV."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What a later row replaces."""
+
+
+AnyRow = TypeVar("AnyRow", bound=Keyed)
+
+
+def append_rows(path: Path, rows: Iterable[Keyed]) -> None:
+    """Add rows of one kind to a CSV, in one piece; a new file gets its header first."""
+    lines = [asdict(row) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        for line in lines[:1]:
+            writer = csv.DictWriter(file, line, lineterminator="\n")
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerows(lines)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a CSV, of each key the last; none where there is no file."""
+    """The rows of a CSV of timings, of each key the last; none where there is no file."""
+    return read_rows_of(Row, path)
+
+
+def read_rows_of(kind: type[AnyRow], path: Path) -> list[AnyRow]:
+    """The rows of a CSV of any kind, of each key the last; none where there is no file."""
     if not path.exists():
         return []
-    kinds: dict[str, Any] = {field.name: field.type for field in fields(Row)}
+    kinds: dict[str, Any] = {field.name: field.type for field in fields(kind)}
     with path.open(newline="") as file:
-        rows = [Row(**{name: kinds[name](text) for name, text in line.items()}) for line in csv.DictReader(file)]
+        rows = [kind(**{name: kinds[name](text) for name, text in line.items()}) for line in csv.DictReader(file)]
     return list({row.key: row for row in rows}.values())
 
 
@@ -292,8 +312,16 @@ def update_between(path: Path, name: str, text: str, *, write: bool) -> bool:
     return new == content
 
 
-def show_tables(name: str, text: str, *, readme: Path, write: bool, check: bool) -> int:
+def show_tables(name: str, text: str, *, readme: Path, write: bool, check: bool, command: str | None = None) -> int:
     """What every command's ``table`` does: print, or write into the README, or compare with it.
+
+    Args:
+        name: Of the markers, and of the module in ``benchmarks``.
+        text: Markdown.
+        readme: The file with the markers.
+        write: Replace what stands between them.
+        check: Compare with it.
+        command: What writes it, where that is not ``benchmarks.<name> table --write``.
 
     Returns:
         The exit status: 1 where ``check`` finds a difference.
@@ -303,5 +331,5 @@ def show_tables(name: str, text: str, *, readme: Path, write: bool, check: bool)
         return 0
     same = update_between(readme, name, text, write=write)
     if check and not same:
-        print(f"{readme.name} differs: python -m benchmarks.{name} table --write")
+        print(f"{readme.name} differs: python -m {command or f'benchmarks.{name} table --write'}")
     return int(check and not same)

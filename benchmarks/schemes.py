@@ -1,0 +1,525 @@
+"""The ways to use a backbone's stages that are compared: ConvMix, its variants, its control, and its peers.
+
+A scheme's name is one of ``PEERS``, or ``convmix``, or changes to it from ``CHANGES``, joined by '+' (``grid+full``);
+``control`` and ``control-CHANGES`` are the same mixer on the deepest stage alone, of as many parameters. ``ALL`` lists
+what ``python -m benchmarks.accuracy --schemes all`` runs.
+
+Importing this module adds ``variant`` and ``scalar`` to ``timm_convmix.MIXERS``; the package itself has released mixers
+only.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from timm_convmix import MIXERS, ConvMixNet, Mixer, MixerError
+from timm_convmix.mixers import create_mixer
+from timm_convmix.stages import MAX_TAPS, read_feature_info
+
+SIDE_WEIGHT = 0.3
+"""Of each side classifier's loss: GoogLeNet (Szegedy et al. 2014, arXiv:1409.4842)."""
+ADDED_SEED = 1_000_000
+"""Added to a run's seed for what a scheme adds to the backbone."""
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+# Mixers ---------------------------------------------------------------------------------------------------------------
+
+
+class RunningNorm(nn.Module):
+    """Batch norm that uses its running statistics while it learns too, so that a batch of one is no special case.
+
+    The statistics are updated before they are used, the first ones as plain means (Ioffe 2017, arXiv:1702.03275,
+    shows that training may use running statistics; here they carry no gradient).
+
+    Args:
+        channels: C of the last dimension.
+        device: Where the parameters are made.
+        dtype: Of the parameters.
+    """
+
+    running: Tensor  # (2, C): means of the values and of their squares
+    updates: Tensor
+
+    def __init__(
+        self, channels: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
+        self.register_buffer("running", torch.zeros(2, channels, device=device))
+        self.register_buffer("updates", torch.zeros((), device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., C)."""
+        if self.training:
+            with torch.no_grad():
+                values = x.detach().float().flatten(0, -2)
+                self.updates += 1
+                momentum = (1 / self.updates).clamp(min=0.1)
+                self.running += momentum * (torch.stack([values.mean(0), values.square().mean(0)]) - self.running)
+        mean = self.running[0]
+        variance = torch.where(self.updates > 0, (self.running[1] - mean.square()).clamp(min=0), 1)
+        return ((x - mean) * (variance + 1e-5).rsqrt()).to(x.dtype) * self.weight + self.bias
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm over the last dimension of (..., C)."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (torch's name)
+        """Normalise (..., C)."""
+        return super().forward(input.flatten(0, -2)).view_as(input)
+
+
+class UnitNorm(nn.Module):
+    """Each vector divided by its length."""
+
+    def __init__(self, channels: int, **kwargs: Any) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise (..., C)."""
+        return F.normalize(x, dim=-1)
+
+
+class GeM(nn.Module):
+    """Generalised mean (Radenovic et al. 2018, arXiv:1711.02512): ``mean(x ** p) ** (1 / p)``, p learned from 3.
+
+    Below ``eps`` values count as ``eps``: the form is made for maps after a ReLU.
+    """
+
+    def __init__(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.full((1,), 3.0, device=device, dtype=dtype))
+        self.eps = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C, 1, 1)."""
+        p = self.p.float()  # a half cannot hold powers of activations
+        return x.float().clamp(min=self.eps).pow(p).mean((2, 3), keepdim=True).pow(1 / p).to(x.dtype)
+
+
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "none": nn.Identity,
+    "layer": nn.LayerNorm,
+    "rms": nn.RMSNorm,
+    "batch": BatchNorm,
+    "running": RunningNorm,
+    "l2": UnitNorm,
+}
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "avg": lambda x: x.mean((2, 3), keepdim=True),
+    "avgmax": lambda x: (x.mean((2, 3), keepdim=True) + x.amax((2, 3), keepdim=True)) / 2,
+}
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU}
+
+
+class Variant(Mixer):
+    """ConvMix with its choices as arguments; with their defaults it computes what ``timm_convmix``'s ConvMix does.
+
+    Args:
+        in_channels: Position of each tapped stage -> its channels, shallow to deep.
+        out_channels: Channels of the final map.
+        rank: As of ConvMix.
+        grid: Mix on the final map's grid, to which the taps are averaged, instead of after global pooling.
+        norm: A key of ``NORMS``; applied to each tap's channels.
+        pool: Global pooling: a key of ``POOLS``, or 'gem'.
+        act: A key of ``ACTIVATIONS``.
+        residual: Add the mix to the final map. Without it the mix replaces the final map, of which only the shape
+            remains: tap the deepest stage then.
+        gain: What each channel's gain starts with.
+        drop_tap: Chance that a tap is left out for an image while training; the others are scaled up.
+        device: Where the parameters are made.
+        dtype: Of the parameters.
+
+    Raises:
+        MixerError: A setting is unknown.
+    """
+
+    gain: nn.Parameter
+    pool: Callable[[Tensor], Tensor]
+
+    def __init__(
+        self,
+        in_channels: Mapping[int, int],
+        out_channels: int,
+        *,
+        rank: int | None = None,
+        grid: bool = False,
+        norm: str = "layer",
+        pool: str = "avg",
+        act: str = "relu",
+        residual: bool = True,
+        gain: float = 1.0,
+        drop_tap: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for what, chosen, known in (
+            ("norm", norm, NORMS),
+            ("pool", pool, {*POOLS, "gem"}),
+            ("act", act, ACTIVATIONS),
+        ):
+            if chosen not in known:
+                raise MixerError(f"{what}={chosen!r} of mixer 'variant' is none of {', '.join(sorted(known))}.")
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        like: Any = create_mixer("convmix", in_channels, out_channels, rank=rank, **dd)
+        self.settings = like.settings | dict(
+            grid=grid, norm=norm, pool=pool, act=act, residual=residual, gain=gain, drop_tap=drop_tap
+        )
+        self.norms = nn.ModuleDict({str(stage): NORMS[norm](c, **dd) for stage, c in in_channels.items()})
+        self.reduce, self.expand, self.gain = like.reduce, like.expand, like.gain
+        nn.init.constant_(like.gain, gain)
+        self.pool = GeM(**dd) if pool == "gem" else POOLS[pool]
+        self.act = ACTIVATIONS[act]()
+        self.grid, self.residual, self.drop_tap = grid, residual, drop_tap
+
+    def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
+        """Mix; shapes as in ``Mixer.forward``."""
+        grid = final.shape[2], final.shape[3]
+        vectors = []
+        for norm, tap in zip(self.norms.values(), taps, strict=True):
+            cells = F.adaptive_avg_pool2d(tap, grid) if self.grid else self.pool(tap)
+            vector = norm(cells.permute(0, 2, 3, 1))  # (B, H, W, C_i), or (B, 1, 1, C_i)
+            keep = F.dropout(vector.new_ones(len(vector), 1, 1, 1), self.drop_tap, self.training)
+            vectors.append(vector * keep)
+        mix = self.gain * self.act(self.expand(self.reduce(torch.cat(vectors, dim=3))))
+        mix = mix.to(final.dtype).permute(0, 3, 1, 2)
+        return final + mix if self.residual else mix.expand_as(final)
+
+    @torch.no_grad()
+    def start_as_identity(self) -> None:
+        """Set the gain to zero, so that ``final`` comes out exactly.
+
+        Raises:
+            MixerError: The mix replaces the final map.
+        """
+        if not self.residual:
+            raise MixerError("A mixer without residual cannot start as an identity: train it from scratch.")
+        nn.init.zeros_(self.gain)
+
+
+class ScalarMix(Mixer):
+    """ELMo's scalar mix (Peters et al. 2018, arXiv:1802.05365): ``gamma * sum(softmax(w)_k * h_k)``.
+
+    There all layers have one shape. Here each tap is averaged over its grid, layer-normalised and projected to the
+    final map's channels; the final map itself is the last of the ``h_k``.
+
+    Args:
+        in_channels: Position of each tapped stage -> its channels, shallow to deep.
+        out_channels: Channels of the final map.
+        device: Where the parameters are made.
+        dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_channels: Mapping[int, int],
+        out_channels: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.projections = nn.ModuleDict(
+            {
+                str(stage): nn.Sequential(nn.LayerNorm(c, **dd), nn.Linear(c, out_channels, bias=False, **dd))
+                for stage, c in in_channels.items()
+            }
+        )
+        self.weights = nn.Parameter(torch.zeros(len(in_channels) + 1, **dd))
+        self.gamma = nn.Parameter(torch.ones(1, **dd))
+
+    def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
+        """Mix; shapes as in ``Mixer.forward``."""
+        *shares, own = (self.gamma * self.weights.softmax(0)).unbind()
+        pooled = (
+            share * projection(tap.mean((2, 3)))
+            for share, projection, tap in zip(shares, self.projections.values(), taps, strict=True)
+        )
+        mix = torch.stack(list(pooled)).sum(0)  # (B, out_channels)
+        return own.to(final.dtype) * final + mix.to(final.dtype)[:, :, None, None]
+
+    @torch.no_grad()
+    def start_as_identity(self) -> None:
+        """Equal shares, a gamma that undoes them, and projections to zero."""
+        nn.init.zeros_(self.weights)
+        nn.init.constant_(self.gamma, len(self.weights))
+        for projection in self.projections.values():
+            nn.init.zeros_(projection[1].weight)  # type: ignore[index]
+
+
+MIXERS.update(variant=Variant, scalar=ScalarMix)
+
+
+# Peers that end in logits instead of a map ----------------------------------------------------------------------------
+
+
+class Peer(nn.Module):
+    """A backbone read at the stages that ConvMix taps by default, with classifiers of its own.
+
+    Args:
+        backbone: A timm model with its classifier.
+    """
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__()
+        self.net: Any = ConvMixNet(backbone, mixer="none")
+        self.num_classes: int = self.net.num_classes
+        self.widths: list[int] = [self.net.feature_info[stage]["num_chs"] for stage in self.net.stages]
+        """Channels of the taps, shallow to deep."""
+        self.hidden: int = self.net.head_hidden_size
+        """Width of the embedding."""
+
+    def read(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Images to the embedding (B, hidden) and the taps (B, C_i, H_i, W_i)."""
+        final, taps = self.net.forward_intermediates(x, indices=self.net.stages)
+        return self.net.forward_head(final, pre_logits=True), taps
+
+
+class Concat(Peer):
+    """The pooled taps and the embedding, concatenated, into one wider classifier."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__(backbone)
+        self.net.reset_classifier(0)
+        self.classifier = nn.Linear(sum(self.widths) + self.hidden, self.num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to logits."""
+        embedding, taps = self.read(x)
+        return self.classifier(torch.cat([*(tap.mean((2, 3)) for tap in taps), embedding], dim=1))
+
+
+class DagCnn(Peer):
+    """DAG-CNN (Yang & Ramanan, ICCV 2015, arXiv:1505.05232): a classifier a stage, the scores summed.
+
+    Each stage is averaged over its grid and scaled to unit length; the deepest one is the embedding.
+    """
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__(backbone)
+        self.net.reset_classifier(0)
+        self.classifiers = nn.ModuleList(nn.Linear(width, self.num_classes) for width in (*self.widths, self.hidden))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to logits."""
+        embedding, taps = self.read(x)
+        vectors = [*(tap.mean((2, 3)) for tap in taps), embedding]
+        scores = [
+            classifier(F.normalize(vector, dim=1)) for classifier, vector in zip(self.classifiers, vectors, strict=True)
+        ]
+        return torch.stack(scores).sum(0)
+
+
+class Attention(Peer):
+    """Learn to pay attention (Jetley et al., ICLR 2018, arXiv:1804.02391), its 'concat-pc' form.
+
+    A tap's cells, projected to the embedding's width, are scored by ``<u, cell + embedding>`` with a learned u; the
+    softmax over the grid weights their sum; the sums of all taps, concatenated, are classified. The paper also drops
+    early poolings to keep the maps large; here the backbone stays as it is.
+    """
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__(backbone)
+        self.net.reset_classifier(0)
+        self.projections = nn.ModuleList(nn.Conv2d(width, self.hidden, 1, bias=False) for width in self.widths)
+        self.scores = nn.ModuleList(nn.Linear(self.hidden, 1, bias=False) for _ in self.widths)
+        self.classifier = nn.Linear(len(self.widths) * self.hidden, self.num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to logits."""
+        embedding, taps = self.read(x)
+        attended = []
+        for tap, projection, score in zip(taps, self.projections, self.scores, strict=True):
+            cells = projection(tap).flatten(2).transpose(1, 2)  # (B, H_i * W_i, hidden)
+            share = score(cells + embedding[:, None]).softmax(1)
+            attended.append((share * cells).sum(1))
+        return self.classifier(torch.cat(attended, dim=1))
+
+
+class Supervised(Peer):
+    """Deep supervision (Lee et al. 2014, arXiv:1409.5185): a classifier a tap whose loss helps while training only."""
+
+    def __init__(self, backbone: Any) -> None:
+        super().__init__(backbone)
+        self.sides = nn.ModuleList(nn.Linear(width, self.num_classes) for width in self.widths)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Images to logits, while training with those of the side classifiers after them."""
+        final, taps = self.net.forward_intermediates(x, indices=self.net.stages)
+        logits = self.net.forward_head(final)
+        if not self.training:
+            return logits
+        return [logits, *(side(tap.mean((2, 3))) for side, tap in zip(self.sides, taps, strict=True))]
+
+
+def as_list(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """What a model returned: its logits, then those of side classifiers where it has some."""
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def total_loss(outputs: Tensor | Sequence[Tensor], labels: Tensor, criterion: Criterion) -> Tensor:
+    """The loss of the logits, and ``SIDE_WEIGHT`` times that of each side classifier."""
+    logits, *sides = as_list(outputs)
+    loss = criterion(logits, labels)
+    return loss + SIDE_WEIGHT * torch.stack([criterion(side, labels) for side in sides]).sum() if sides else loss
+
+
+# The table ------------------------------------------------------------------------------------------------------------
+
+PEERS: dict[str, Callable[[Any], nn.Module]] = {
+    "last": lambda backbone: backbone,  # the plain backbone: only the last stage is classified
+    "concat": Concat,
+    "dag": DagCnn,
+    "scalar": lambda backbone: ConvMixNet(backbone, mixer="scalar"),
+    "attention": Attention,
+    "supervised": Supervised,
+}
+
+OWN_CLASSIFIERS = {name for name, make in PEERS.items() if isinstance(make, type)}
+"""Peers that do not end in the backbone's classifier, or not in it alone."""
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "convmix": {},
+    # where it mixes: after global pooling by default
+    "grid": dict(grid=True),
+    # what it taps: up to three stages before the deepest by default; before and deepest are read by `stages_of`
+    "deepest": dict(deepest=True),
+    "stages1": dict(before=1),
+    "stages2": dict(before=2),
+    "stages_all": dict(before=None),
+    # how it normalises: layer norm by default
+    "norm_none": dict(norm="none"),
+    "norm_batch": dict(norm="batch"),
+    "norm_l2": dict(norm="l2"),
+    "norm_rms": dict(norm="rms"),
+    "norm_running": dict(norm="running"),
+    # how it pools: the mean by default
+    "avgmax": dict(pool="avgmax"),
+    "gem": dict(pool="gem"),
+    # the rank of the linear layer: out/8, or full where that is smaller, by default; divisor is read by `arguments_of`
+    "full": dict(divisor=0),
+    "rank4": dict(divisor=4),
+    # the activation: ReLU by default
+    "act_none": dict(act="none"),
+    "gelu": dict(act="gelu"),
+    # added to the final map by default; without that the deepest stage must be tapped: compare with `deepest`
+    "no_residual": dict(residual=False, deepest=True),
+    # the gain: one by default
+    "gain0": dict(gain=0.0),
+    "gain0.1": dict(gain=0.1),
+    # regularisation: none by default
+    "drop_tap": dict(drop_tap=0.2),
+}
+CONTROL = "control"
+ALL = (*PEERS, CONTROL, *CHANGES)
+
+
+def changes_of(scheme: str) -> dict[str, Any]:
+    """What a scheme changes of ConvMix: ``grid+full`` to ``{'grid': True, 'divisor': 0}``.
+
+    Raises:
+        ValueError: There is no such scheme.
+    """
+    names = scheme.removeprefix(CONTROL).removeprefix("-").split("+")
+    changes: dict[str, Any] = {}
+    for name in names if scheme != CONTROL else ():
+        if name not in CHANGES:
+            raise ValueError(
+                f"Unknown scheme {scheme!r}: choose {', '.join((*PEERS, CONTROL))}, changes of ConvMix"
+                f" ({', '.join(CHANGES)}) joined by '+', or {CONTROL}-CHANGES."
+            )
+        changes |= CHANGES[name]
+    return changes
+
+
+def check_name(scheme: str) -> None:
+    """Refuse a name that is no scheme's.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if scheme not in PEERS:
+        changes_of(scheme)
+
+
+def stages_of(count: int, *, before: int | None = MAX_TAPS, deepest: bool = False) -> tuple[int, ...]:
+    """Positions to tap: up to ``before`` stages before the deepest (None: all), and the deepest too if asked for."""
+    first = 0 if before is None else max(0, count - 1 - before)
+    return tuple(range(first, count if deepest else count - 1))
+
+
+def arguments_of(scheme: str, backbone: Any) -> dict[str, Any]:
+    """The arguments that ``ConvMixNet`` takes for a mixing scheme on a backbone.
+
+    Args:
+        scheme: A name that ``changes_of`` knows.
+        backbone: A timm model.
+    """
+    changes = changes_of(scheme)
+    info = read_feature_info(backbone.feature_info, name=type(backbone).__name__)
+    taps = {key: changes.pop(key) for key in ("before", "deepest") if key in changes}
+    stages = stages_of(len(info), **taps)
+    out: int = backbone.num_features
+    if "divisor" in changes:
+        divisor = changes.pop("divisor")
+        changes["rank"] = max(1, out // divisor) if divisor else 0
+    mixer = "convmix" if changes.keys() <= {"rank"} else "variant"
+    arguments: dict[str, Any] = dict(stages=stages, mixer=mixer, mixer_args=changes)
+    if not scheme.startswith(CONTROL):
+        return arguments
+    budget = mixer_parameters(mixer, {stage: info[stage]["num_chs"] for stage in stages}, out, changes)
+    deepest = {len(info) - 1: info[-1]["num_chs"]}
+    rank = matching_rank(budget, lambda rank: mixer_parameters(mixer, deepest, out, changes | {"rank": rank}))
+    return dict(stages=tuple(deepest), mixer=mixer, mixer_args=changes | {"rank": rank})
+
+
+def mixer_parameters(mixer: str, in_channels: Mapping[int, int], out_channels: int, settings: dict[str, Any]) -> int:
+    """How many parameters a mixer has."""
+    made = create_mixer(mixer, in_channels, out_channels, **settings, device="meta")
+    return sum(parameter.numel() for parameter in made.parameters())
+
+
+def matching_rank(budget: int, parameters: Callable[[int], int]) -> int:
+    """The rank at which ``parameters``, linear in it, comes closest to ``budget``; at least 1."""
+    one, two = parameters(1), parameters(2)
+    return max(1, 1 + round((budget - one) / (two - one)))
+
+
+def build(arch: str, scheme: str, *, num_classes: int, seed: int) -> nn.Module:
+    """Build a scheme on a backbone.
+
+    Args:
+        arch: Of timm.
+        scheme: One of ``PEERS``, or a name that ``changes_of`` knows.
+        num_classes: Outputs.
+        seed: Of the backbone and its classifier, which are the same for every scheme; what the scheme adds is drawn
+            from a generator of its own.
+
+    Returns:
+        A model whose outputs ``total_loss`` takes; in evaluation mode they are logits.
+
+    Raises:
+        ValueError: There is no such scheme.
+    """
+    torch.manual_seed(seed)
+    backbone = timm.create_model(arch, num_classes=num_classes)
+    torch.manual_seed(seed + ADDED_SEED)
+    if scheme in PEERS:
+        return PEERS[scheme](backbone)
+    return ConvMixNet(backbone, **arguments_of(scheme, backbone))
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What rebuilds a mixing scheme's mixer: stages, mixer, mixer_args; empty for the others."""
+    if not isinstance(model, ConvMixNet):
+        return {}
+    return {key: model._model_args[key] for key in ("stages", "mixer", "mixer_args")}

@@ -1,0 +1,372 @@
+"""The report of the evidence harness, against computations of its own; and the measures of saliency, by hand."""
+
+import itertools
+import math
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import report, saliency, timing
+from benchmarks.accuracy import Run, Saved, Scores, Settings
+from benchmarks.images import Images
+from benchmarks.report import Difference
+from benchmarks.robustness import Robustness
+from benchmarks.saliency import Saliency
+
+DIFFERENCES = [0.5, 0.7, -0.1, 0.9, 0.4, 0.6, 0.3, 0.8]
+BEST = [0.1, -0.2, 0.05, 0.15, 0.0, 0.3, -0.1, 0.2]
+
+
+def run(scheme, seed, top1, **changes):
+    """A run that nobody made."""
+    return replace(
+        Run(
+            dataset="noise",
+            data="ab",
+            split="test",
+            classes=100,
+            images=500,
+            fraction=1.0,
+            size=32,
+            arch="resnet18_cifar",
+            scheme=scheme,
+            seed=seed,
+            epochs=3,
+            batch=128,
+            opt="sgd",
+            lr=0.1,
+            momentum=0.9,
+            weight_decay=5e-4,
+            warmup=0.05,
+            smoothing=0.0,
+            padding=4,
+            init="",
+            init_sha256="",
+            freeze=0,
+            mode="float32",
+            top1=top1,
+            top5=90.0,
+            loss=1.0,
+            ece=5.0,
+            correct=int(top1 * 100),
+            count=10000,
+            train_loss=1.0,
+            diverged=0,
+            seconds=36.0,
+            params=1000 if scheme == "last" else 1100,
+            macs=5000 if scheme == "last" else 5001,
+            form="{}",
+            device="CPU",
+            threads=1,
+            load=0.5,
+            torch="2",
+            timm="1",
+            timm_convmix="0",
+            python="3",
+            date="2026-01-01",
+            argv="python -m benchmarks.accuracy x",
+        ),
+        **changes,
+    )
+
+
+def paired(gains, base=60.0, **changes):
+    """Runs of last and convmix, and of a control halfway."""
+    rows = []
+    for seed, gain in enumerate(gains, start=3):
+        own = base + seed / 10
+        rows += [run("last", seed, own, **changes), run("convmix", seed, own + gain, **changes)]
+        rows.append(run("control", seed, own + gain / 2, **changes))
+    return rows
+
+
+def sign_flip(values):
+    """Share of all signs whose mean is at least as far from zero."""
+    observed = abs(statistics.mean(values))
+    flipped = [
+        abs(statistics.mean(s * v for s, v in zip(signs, values, strict=True)))
+        for signs in itertools.product((1, -1), repeat=len(values))
+    ]
+    return sum(value >= observed - 1e-12 for value in flipped) / len(flipped)
+
+
+# Statistics -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", [DIFFERENCES, BEST, [0.1] * 8])
+def test_the_sign_flip_test_is_exact(values):
+    assert Difference(tuple(values)).p_value() == pytest.approx(sign_flip(values))
+
+
+def test_the_interval_is_a_bootstrap_s():
+    low, high = Difference(tuple(DIFFERENCES)).interval()
+    draws = torch.tensor(DIFFERENCES)[torch.randint(8, (20000, 8))].mean(1)
+    percentiles = torch.quantile(draws, torch.tensor([0.025, 0.975]))
+    assert [low, high] == pytest.approx(percentiles.tolist(), abs=0.08)  # BCa corrects for the skew
+    assert Difference(tuple(DIFFERENCES)).interval() == (low, high)
+    assert Difference((0.1, 0.2)).interval() is None
+    assert Difference((0.1,) * 4).interval() == (0.1, 0.1)
+
+
+def test_holm():
+    assert report.holm({"a": 0.01, "b": 0.04}, 2) == {"a": 0.02, "b": 0.04}
+    assert report.holm({"a": 0.03, "b": 0.02}, 2) == {"b": 0.04, "a": 0.04}
+    assert report.holm({"a": 0.03}, 2) == {"a": 0.06}
+    assert report.holm({"a": 0.9, "b": 0.8}, 2) == {"a": 1.0, "b": 1.0}
+
+
+def test_how_many_seeds_a_claim_needs():
+    assert [report.can_claim(seeds) for seeds in (3, 6, 7, 8)] == [False, False, True, True]
+
+
+# Tables ---------------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_of_the_claims_equal_a_computation_of_their_own():
+    text = report.claims(report.conditions_of(paired(DIFFERENCES)))
+    cells = [cell.strip() for cell in text.splitlines()[2].strip("|").split("|")]
+    own = [60 + seed / 10 for seed in range(3, 11)]
+    mixed = [a + b for a, b in zip(own, DIFFERENCES, strict=True)]
+    error = statistics.stdev(mixed) / math.sqrt(8)
+    assert cells[:3] == ["noise, 100 classes, 32 px, resnet18_cifar, 3 epochs", "8", "60.65 ± 0.09"]
+    assert cells[4] == f"{statistics.mean(mixed):.2f} ± {error:.2f}"
+    assert cells[5].startswith(f"{statistics.mean(DIFFERENCES):+.2f} (+")
+    p = 2 * sign_flip(DIFFERENCES)  # the two are scaled alike, so both p are the same, and Holm doubles them
+    assert cells[6] == cells[8] == f"**p = {p:.3f}**"
+    reductions = [100 * gain / (100 - a) for gain, a in zip(DIFFERENCES, own, strict=True)]
+    assert cells[9] == f"{statistics.mean(reductions):.1f}"
+
+
+def test_no_claim_without_seeds_or_difference():
+    few = report.claims(report.conditions_of(paired(DIFFERENCES[:3])))
+    assert few.count("n = 3: no claim") == 2
+    assert "p =" not in few.splitlines()[2]
+    none = report.claims(report.conditions_of(paired(BEST))).splitlines()[2]
+    assert none.count(": no claim") == 2
+    assert "**" not in none
+    alone = report.claims(report.conditions_of(row for row in paired(DIFFERENCES) if row.scheme != "control"))
+    assert f"**p = {2 * sign_flip(DIFFERENCES):.3f}**" in alone  # the other test counts even where it was not run
+    one = report.claims(report.conditions_of(paired([0.5])))
+    assert "| 60.30 | 60.55 | 60.80 | +0.50 | n = 1: no claim |" in one
+
+
+def test_only_paired_seeds_are_compared():
+    rows = [row for row in paired(DIFFERENCES) if (row.scheme, row.seed) != ("last", 3)]
+    (condition,) = report.conditions_of(rows)
+    assert condition.difference("last", "convmix").values == pytest.approx(DIFFERENCES[1:])
+
+
+def test_settings_are_kept_apart():
+    rows = paired([0.5]) + paired([0.7], lr=0.2) + paired([0.1], split="holdout") + paired([0.3], init="a", freeze=1)
+    conditions = report.conditions_of(rows)
+    assert len(conditions) == 4
+    text = report.document(conditions, [], [])
+    assert text.count("\n### ") == 4
+    assert "linear probe from a" in text
+    selection = text[text.index("## Selection") :]
+    assert "+0.10" in selection
+    assert "+0.50" not in selection
+    assert "holdout" not in report.summary(conditions)
+    with pytest.raises(ValueError, match="Runs on noise saw different images"):
+        report.conditions_of([*paired([0.5]), run("last", 9, 60, data="cd")])
+
+
+def test_the_best_variant_of_the_selection():
+    rows = [
+        run(scheme, seed, 50 + gain, split="holdout")
+        for seed in range(3)
+        for scheme, gain in (("convmix", 0), ("grid", 1.5), ("gem", -0.5))
+    ]
+    text = report.choice(report.conditions_of(rows))
+    assert text.splitlines()[2:] == ["| grid | +1.50 | 1 |", "| gem | -0.50 | 1 |"]
+
+
+def test_trends():
+    growing = []
+    for classes, gain in ((10, 0.1), (50, 0.5), (100, 1.0)):
+        gains = [gain + noise / 10 for noise in BEST]
+        growing += paired(gains, classes=classes, images=5 * classes)
+    (series,) = report.series_of(report.conditions_of(growing))
+    assert series.what == "number of classes"
+    assert [position for position, _ in series.table()] == [10, 50, 100]
+    assert series.p_value() < 0.001
+    flat = [replace(row, top1=row.top1) for row in growing if row.classes != 50]
+    (short,) = report.series_of(report.conditions_of(flat))
+    assert short.p_value() is None
+    text = report.trends([series, short])
+    assert "10: 0.3; 50: 1.3; 100: 2.6 | 8 | p = 0.000 |" in text
+    assert "too few settings or seeds" in text
+    parts = [row for f in (0.1, 0.3) for row in paired(DIFFERENCES, fraction=f, images=int(500 * f))]
+    nets = [row for arch in ("resnet34_cifar", "vgg16_bn_cifar") for row in paired(DIFFERENCES, arch=arch)]
+    found = report.series_of(report.conditions_of(paired(DIFFERENCES) + parts + nets))
+    assert [(one.what, len(one.conditions)) for one in found] == [("training images", 3), ("parameters of a ResNet", 2)]
+
+
+def test_an_empty_report_says_so():
+    assert report.summary([]) == "No run is recorded yet."
+    assert report.document([], [], []).endswith("\n\nNo run is recorded yet.\n")
+
+
+def test_a_run_that_diverged_is_shown():
+    rows = [run("last", 3, 60.0), run("grid", 3, 1.0, diverged=2, loss=math.nan, train_loss=math.nan)]
+    assert "| grid | 1 | 1.00 | 90.00 | nan | 5.00 | -59.00 | 1.1000 | 1.0002 | 1 |" in report.document(
+        report.conditions_of(rows), [], []
+    )
+
+
+# Command --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Rows on disk, a README with markers, and the options that point there."""
+    timing.append_rows(tmp_path / "accuracy.csv", paired(DIFFERENCES))
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- evidence:begin -->\nold\n<!-- evidence:end -->\nafter\n")
+    options = ["--results", tmp_path, "--readme", readme, "--document", tmp_path / "docs" / "evidence.md"]
+    return tmp_path, [*map(str, options), "--figures", str(tmp_path / "figures")]
+
+
+def test_check_fails_where_a_number_differs(files, capsys):
+    folder, options = files
+    assert report.main([*options, "--check"]) == 1
+    assert report.main([*options, "--write"]) == 0
+    assert report.main([*options, "--check"]) == 0
+    readme, document = folder / "README.md", folder / "docs" / "evidence.md"
+    assert "+0.51" in readme.read_text()
+    assert readme.read_text().startswith("before\n<!-- evidence:begin -->\n|")
+    capsys.readouterr()
+    for path in (readme, document):
+        kept = path.read_text()
+        path.write_text(kept.replace("+0.51", "+0.61", 1))
+        assert report.main([*options, "--check"]) == 1
+        assert capsys.readouterr().out == f"{path.name} differs: python -m benchmarks.report --write\n"
+        path.write_text(kept)
+    timing.append_rows(folder / "accuracy.csv", [run("last", 3, 61.0)])  # a number in the CSV
+    assert report.main([*options, "--check"]) == 1
+
+
+def test_the_repository_s_report_is_current():
+    if "<!-- evidence:begin -->" not in timing.README.read_text():
+        pytest.skip("the README has no such table")
+    assert report.main(["--check"]) == 0
+
+
+def test_plots(files):
+    pytest.importorskip("matplotlib")
+    folder, options = files
+    timing.append_rows(folder / "accuracy.csv", paired(DIFFERENCES, classes=50, images=250))
+    assert report.main([*options, "--plots"]) == 0
+    drawn = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
+    assert drawn.keys() == {"gain-number-of-classes.svg", "cost-noise.svg"}
+    assert report.main([*options, "--plots"]) == 0
+    assert drawn == {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
+
+
+def settings_of(row):
+    return {name: getattr(row, name) for name in Settings.__dataclass_fields__}
+
+
+def robust(scheme, seed, top1, severity=1):
+    scores = vars(Scores(top1=top1, top5=90.0, loss=1.0, ece=1.0, correct=1, count=2))
+    labels = dict(scored="ab", weights=f"{scheme}{seed}", corruption="noise", severity=severity)
+    labels |= dict(device="CPU", torch="2", timm="1", python="3", date="2026-01-01", argv="x")
+    return Robustness(**settings_of(run(scheme, seed, 60.0)), **scores, **labels)
+
+
+def test_robustness_is_averaged_over_severities_and_paired_by_seed():
+    rows = [
+        robust(scheme, seed, 40 + seed + gain - severity, severity=severity)
+        for seed in range(3)
+        for severity in (1, 3, 5)
+        for scheme, gain in (("last", 0), ("convmix", 0.5))
+    ]
+    lines = report.robustness_table(rows).splitlines()[2:]
+    assert lines[0].startswith(
+        "| noise, 100 classes, 32 px, resnet18_cifar, 3 epochs: noise | last | 3 | 38.00 ± 0.58 |  |"
+    )
+    assert lines[1].endswith("| 38.50 ± 0.58 | +0.50 (+0.50 to +0.50) |")
+
+
+# Saliency -------------------------------------------------------------------------------------------------------------
+
+
+def test_measures_by_hand():
+    maps = torch.zeros(4, 64, 64)
+    boxes = torch.tensor([[0, 0, 31, 63], [0, 0, 31, 63], [10, 10, 19, 19], [0, 0, 3, 3]])
+    maps[0] = 1  # uniform
+    maps[1, 20, 35] = 2  # four columns right of the box: within 15 / 224 * 64 = 4.29
+    maps[1, 20, 30] = 1.5
+    maps[1, 40, 60] = 0.5
+    maps[2, 10:15, 10:20] = 1  # half of the box
+    maps[2, 50, 50] = 4  # away from it
+    assert saliency.box_masks(boxes, 64).sum((1, 2)).tolist() == [2048, 2048, 100, 16]
+    measures = saliency.measure_maps(maps, boxes)
+    assert measures["energy"][:3].tolist() == pytest.approx([0.5, 1.5 / 4, 50 / 54])
+    assert measures["pointing"][:3].tolist() == [1, 1, 0]
+    assert measures["area"][:3].tolist() == pytest.approx([1, 2 / 4096, 1 / 4096])
+    assert measures["recall"][:3].tolist() == pytest.approx([1, 1 / 2048, 0])
+    assert all(math.isnan(values[3]) for values in measures.values())  # an empty map
+    corner = torch.zeros(2, 64, 64)
+    corner[0, 23, 23] = corner[1, 22, 22] = 1  # 4 down and right of the box: 5.66 away; 3 and 3: 4.24
+    assert saliency.measure_maps(corner, boxes[[2, 2]])["pointing"].tolist() == [0, 1]
+
+
+def test_rank_correlation():
+    maps = torch.rand(3, 4, 4)
+    others = torch.stack([maps[0] ** 3, 1 - maps[1], torch.ones(4, 4)])
+    found = saliency.rank_correlations(maps, others)
+    assert found[:2].tolist() == pytest.approx([1, -1])
+    assert math.isnan(found[2])
+    ties = torch.tensor([[[0.0, 0.0], [1.0, 2.0]]])
+    other = torch.tensor([[[3.0, 1.0], [2.0, 4.0]]])
+    a, b = [1.5, 1.5, 3, 4], [3, 1, 2, 4]  # ranks
+    assert saliency.rank_correlations(ties, other).item() == pytest.approx(statistics.correlation(a, b))
+
+
+def test_mean_and_error():
+    assert saliency.mean_and_error(torch.tensor([1.0, 2.0, math.nan, 3.0])) == (2.0, round(1 / math.sqrt(3), 6))
+
+
+def test_boxes_are_read_by_name(tmp_path):
+    path = tmp_path / "val_annotations.txt"
+    path.write_text("val_1.JPEG\tn02\t0\t32\t44\t62\nval_0.JPEG\tn01\t1\t2\t3\t4\n")
+    assert saliency.read_boxes(path, ["n01/val_0.JPEG", "n02/val_1.JPEG"]).tolist() == [[1, 2, 3, 4], [0, 32, 44, 62]]
+    with pytest.raises(ValueError, match=r"val_annotations.txt has no box for n03/a.JPEG and 0 more images"):
+        saliency.read_boxes(path, ["n03/a.JPEG"])
+
+
+@pytest.mark.parametrize("scheme", ["last", "convmix"])
+def test_rows_of_a_model(scheme, tmp_path):
+    settings = run(scheme, 3, 60.0, arch="test_resnet", classes=5)
+    model = saliency.schemes.build("test_resnet", scheme, num_classes=5, seed=3).eval()
+    saved = Saved(model, Settings(**settings_of(settings)), [0.5] * 3, [0.25] * 3, "ef")
+    images = Images(torch.randint(0, 256, (6, 3, 64, 64), dtype=torch.uint8), torch.arange(6) % 5)
+    boxes = torch.tensor([[0, 0, 31, 63]] * 6)
+    record = dict(scored="ab", device="CPU", torch="2", timm="1", python="3", date="2026-01-01", argv="x")
+    rows = saliency.measure(saved, images, boxes, cams=saliency.package_cams, device="cpu", record=record)
+    assert [row.layer for row in rows] == ["layer1", "layer2", "layer3", "mixer"]
+    assert all((row.count, row.chance, row.scheme) == (6, 0.5, scheme) for row in rows)
+    assert all(0 <= row.energy <= 1 or row.empty == 6 for row in rows)
+    timing.append_rows(tmp_path / "saliency.csv", rows)
+    assert [row.key for row in timing.read_rows_of(Saliency, tmp_path / "saliency.csv")] == [row.key for row in rows]
+
+    halves = {"half": torch.cat([torch.ones(6, 64, 32), torch.zeros(6, 64, 32)], dim=2)}
+    (row,) = saliency.measure(saved, images, boxes, cams=lambda *_: halves, device="cpu", record=record)
+    assert (row.energy, row.pointing, row.area, row.recall, row.randomised) == (1, 1, 0.5, 1, 1)
+
+
+def test_saliency_is_paired_by_seed():
+    def row(scheme, seed, energy):
+        shares = {name: 0.5 for measure in saliency.MEASURES for name in (measure, f"{measure}_se")}
+        labels = dict(scored="ab", weights="x", layer="mixer", count=1000, empty=0, chance=0.3, randomised=0.0)
+        labels |= dict(device="CPU", torch="2", timm="1", python="3", date="2026-01-01", argv="x")
+        return Saliency(**settings_of(run(scheme, seed, 60.0)), **shares | dict(energy=energy), **labels)
+
+    rows = [row("last", seed, 0.4 + seed / 100) for seed in range(3)]
+    rows += [row("convmix", seed, 0.42 + seed / 100) for seed in range(3)]
+    lines = report.saliency_table(rows).splitlines()[2:]
+    assert lines[0].endswith(" 3 epochs: mixer | last | 3 | 1000 | 41.0 | 50.0 | 50.0 | 50.0 | 30.0 |")
+    assert "| 43.0, +2.00 (+2.00 to +2.00) | 50.0, +0.00 (+0.00 to +0.00) |" in lines[1]
