@@ -15,17 +15,20 @@ PACKAGE = Path(timm_convmix.__file__).parent
 LAYERS = [  # a module imports from lines above its own only
     {"errors", "version"},
     {"stages", "mixers", "stems", "weights.manifest", "weights.hub"},
-    {"model", "weights.loading", "weights.measuring", "weights.card"},
+    {"model", "weights.loading", "weights.measuring", "weights.card", "datasets"},
     {"weights.packing", "weights.verifying"},
     {"weights.publishing"},
     {"convmix"},
     {"prediction"},
-    {"cli.output", "cli.models", "cli.scripts", "cli.weights", "cli.predict"},
+    {"saliency"},
+    {"pictures"},
+    {"cli.output", "cli.models", "cli.scripts", "cli.weights", "cli.predict", "cli.data", "cli.cam"},
     {"cli"},
     {"__main__", "__init__", "weights"},
 ]
 RUNTIME = {"torch", "timm", "huggingface_hub", "safetensors"}
-OF_TIMM = {"PIL"}  # timm reads images with it, so it is there wherever timm is
+OF_TIMM = {"PIL", "torchvision"}  # timm reads images with them, so they are there wherever timm is
+EXTRAS = {"matplotlib"}  # where one is needed, inside the function: everything else works without it
 
 
 def modules():
@@ -52,12 +55,20 @@ def test_imports_point_one_way(name, path):
     for imported in imports(path):
         root, _, rest = imported.partition(".")
         if root != "timm_convmix":
-            assert root in RUNTIME | OF_TIMM | set(sys.stdlib_module_names), f"{name} imports {imported}"
+            assert root in RUNTIME | OF_TIMM | EXTRAS | set(sys.stdlib_module_names), f"{name} imports {imported}"
             assert not imported.startswith("timm.") or "._" not in imported, f"{name} imports timm's private {imported}"
             continue
         target = next(t for t in (rest, rest.rpartition(".")[0]) if t in known)
         same_folder = name == target.rpartition(".")[0]
         assert floor(target) < floor(name) or same_folder, f"{name} imports {target}"
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()))
+def test_extras_are_imported_where_they_are_needed(name, path):
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            text = ast.unparse(node)
+            assert not any(extra in text for extra in EXTRAS), f"{name}: {text}"
 
 
 def test_public_names_exist():

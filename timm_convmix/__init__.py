@@ -7,6 +7,8 @@ from timm_convmix.convmix import list_weights
 from timm_convmix.errors import (
     ChecksumError,
     ConvMixError,
+    DatasetError,
+    ExtraError,
     FeatureError,
     HubError,
     InputError,
@@ -26,6 +28,8 @@ __all__ = [
     "ChecksumError",
     "ConvMixError",
     "ConvMixNet",
+    "DatasetError",
+    "ExtraError",
     "FeatureError",
     "HubError",
     "InputError",

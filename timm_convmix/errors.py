@@ -9,7 +9,9 @@ ConvMixError
 │   └── ChecksumError               weights whose bytes are not those that were recorded
 ├── ManifestError   (ValueError)    a weights_manifest.json, or an entry, that is not as it must be
 ├── PackingError    (RuntimeError)  a trained model that cannot be packed, or did not prove itself
-└── HubError        (OSError)       weights that could not be fetched or published
+├── HubError        (OSError)       weights that could not be fetched or published
+├── DatasetError    (OSError)       a data set that could not be fetched, or is not the official one
+└── ExtraError      (ImportError)   an optional dependency that is not installed
 
 Each is also the builtin that a caller would catch without knowing this package.
 """
@@ -53,3 +55,11 @@ class PackingError(ConvMixError, RuntimeError):
 
 class HubError(ConvMixError, OSError):
     """The weights could not be fetched or published."""
+
+
+class DatasetError(ConvMixError, OSError):
+    """A data set could not be fetched, is not the official one, or cannot go where it was to go."""
+
+
+class ExtraError(ConvMixError, ImportError):
+    """An optional dependency is not installed."""

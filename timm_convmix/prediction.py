@@ -81,15 +81,13 @@ def predict(
         move(net, device)
     weight = next(net.parameters())
     labels = label_names(net)
-    config = resolve_input_data_config(net)
-    if (channels := config["input_size"][0]) not in MODES:
-        raise InputError(f"The model reads {channels} channels, and an image file has 1 or 3.")
-    transform = create_transform(**config)
+    config = input_config(net)
+    mode, transform = MODES[config["input_size"][0]], create_transform(**config)
 
     net.eval()
     rows = []
     progress = tqdm(files, desc="predict", unit="image", disable=quiet or None)
-    readable = ((name, transform(image)) for name, image in read_images(progress, MODES[channels], on_skip))
+    readable = ((name, transform(image)) for name, image in read_images(progress, mode, on_skip))
     while batch := list(islice(readable, batch_size)):
         names, tensors = zip(*batch, strict=True)
         with torch.inference_mode():
@@ -160,6 +158,18 @@ def read_image(path: Path, mode: str = "RGB") -> Image.Image:
     except Exception as error:  # Pillow's decoders meet bad bytes with errors of every kind
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise InputError(reason.splitlines()[0]) from error
+
+
+def input_config(model: Any) -> dict[str, Any]:
+    """How a model's images are prepared, as arguments of ``timm.data.create_transform``.
+
+    Raises:
+        InputError: It does not read images of 1 or 3 channels.
+    """
+    config = resolve_input_data_config(model)
+    if (channels := config["input_size"][0]) not in MODES:
+        raise InputError(f"The model reads {channels} channels, and an image file has 1 or 3.")
+    return config
 
 
 # Model ----------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-from timm_convmix.cli import models, predict, scripts, weights
+from timm_convmix.cli import cam, data, models, predict, scripts, weights
 from timm_convmix.cli.output import FORMATS
 from timm_convmix.errors import ConvMixError
 from timm_convmix.version import __version__
@@ -24,6 +24,8 @@ def build_parser() -> argparse.ArgumentParser:
     models.add_verbs(verbs)
     weights.add_verbs(verbs)
     predict.add_verbs(verbs)
+    data.add_verbs(verbs)
+    cam.add_verbs(verbs)
     for verb in verbs.choices.values():
         verb.formatter_class = argparse.RawDescriptionHelpFormatter
         verb.add_argument("--format", choices=FORMATS, default="table", help="of what is printed (default: table)")
@@ -57,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = args.run(args)
         rows, status = result if isinstance(result, tuple) else (result, 0)
-        sys.stdout.write(FORMATS[args.format](rows) + "\n")
+        if rows or not status:
+            sys.stdout.write(FORMATS[args.format](rows) + "\n")
         sys.stdout.flush()
     except BrokenPipeError:  # `timm-convmix list | head`
         sys.stderr.close()

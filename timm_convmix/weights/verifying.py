@@ -62,7 +62,7 @@ def pull(
     rows = []
     for name in names or records:
         record = records.get(name)
-        row = dict(name=name, source=None, revision=None, bytes=None, ok=False, error=None)
+        row: dict[str, Any] = dict(name=name, source=None, revision=None, bytes=None, ok=False, error=None)
         try:
             if record:
                 row |= dict(source=record.embedded or record.hub_id, revision=record.revision, bytes=record.bytes)
