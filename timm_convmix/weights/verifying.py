@@ -110,21 +110,21 @@ def verify(
         quiet: Show no progress bar.
 
     Returns:
-        A row an entry: name, state, hub ('ok' once the Hub states the recorded digest at the pinned commit; None where
-        the entry is on no Hub, or HF_HUB_OFFLINE is set), bytes ('ok' once they are those recorded), probe (how far the
-        worst logit is off), top1 (measured anew, in percent), ok, error.
+        A row an entry: name, state, bytes ('ok' once they are those recorded), hub ('ok' once the Hub states the
+        recorded digest at the pinned commit; None where the entry is on no Hub, or HF_HUB_OFFLINE is set), probe (how
+        far the worst logit is off), top1 (measured anew, in percent), ok, error.
     """
     rows = []
     for name, record in select(names, manifest).items():
         row: dict[str, Any] = dict(
-            name=name, state=record.state, hub=None, bytes=None, probe=None, top1=None, ok=False, error=None
+            name=name, state=record.state, bytes=None, hub=None, probe=None, top1=None, ok=False, error=None
         )
         try:
+            tensors = _tensors(name, record, Path(packed), cache_dir)
+            row["bytes"] = "ok"
             if record.state == "published" and not is_offline_mode():
                 check_hub(name, record)
                 row["hub"] = "ok"
-            tensors = _tensors(name, record, Path(packed), cache_dir)
-            row["bytes"] = "ok"
             model = build(name, record, tensors)
             row["probe"] = check_probe(model, record)
             if data_dir is not None:
@@ -151,7 +151,8 @@ def check_hub(name: str, record: WeightRecord) -> None:
         ChecksumError: It has no such file, or another.
     """
     repo_id, revision = str(record.hub_id), str(record.revision)
-    with hub_errors(name, f"{repo_id} at {revision}"):
+    ahead = f"(`timm-convmix pull {HUB_PREFIX}{repo_id}@{revision}`)"
+    with hub_errors(name, f"{repo_id} at {revision}", ahead):
         found = stored_digests(client(), repo_id, revision, [record.filename]).get(record.filename)
     if found != record.sha256:
         states = f"states sha256 {found}" if found else "has no such large file"
