@@ -31,6 +31,7 @@ def test_compile_in_one_graph(model):
 
 
 def test_inductor():
+    torch.compiler.reset()  # what other tests compiled counts against a limit
     model = timm.create_model("convmix_test_resnet", num_classes=10).eval()
     x = images()
     with torch.no_grad():
