@@ -8,7 +8,7 @@ import nox
 nox.options.default_venv_backend = "uv|virtualenv"
 nox.options.sessions = ["lint"]
 
-OLDEST = ("torch==2.4.*", "torchvision==0.19.*", "timm==1.0.31", "huggingface_hub==1.0.*", "safetensors==0.4.3")
+OLDEST = ("torch==2.5.*", "torchvision==0.20.*", "timm==1.0.31", "huggingface_hub==1.5.*", "safetensors==0.4.3")
 """The lower bounds of pyproject.toml, with the torchvision that belongs to that torch."""
 
 

@@ -15,7 +15,6 @@ back to the kernel.
 """
 
 import argparse
-import contextlib
 import math
 import os
 import subprocess
@@ -23,6 +22,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-import timm_convmix  # noqa: F401  (registers the variants)
 from benchmarks import schemes
 from benchmarks.timing import (
     CLOCKS,
@@ -49,6 +48,8 @@ from benchmarks.timing import (
     read_rows,
     show_tables,
 )
+from timm_convmix.inspection import count_mixing
+from timm_convmix.model import ConvMixNet
 
 # What is compared, and what it may cost -------------------------------------------------------------------------------
 
@@ -117,14 +118,10 @@ def count_macs(model: nn.Module, images: Tensor) -> int:
     return counter.get_total_flops() // 2 // len(images)
 
 
-def split_macs(model: nn.Module, images: Tensor) -> tuple[int, int]:
+def split_macs(model: ConvMixNet, images: Tensor) -> tuple[int, int]:
     """What ``count_macs`` counts of a twin, without its mixer and with it, in one pass instead of two."""
-    no_head = contextlib.suppress(NotImplementedError)  # timm's way to say that an encoder ends with its final map
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, no_head:
-        model.eval()(images)
-    mixing = sum(counter.get_flop_counts()[f"{type(model).__name__}.mixer"].values())
-    total = counter.get_total_flops()
-    return (total - mixing) // 2 // len(images), total // 2 // len(images)
+    mixing, total = count_mixing(model.eval(), images)
+    return (total - mixing) // len(images), total // len(images)
 
 
 def count_params(model: nn.Module, _images: Tensor) -> int:
@@ -147,9 +144,8 @@ def count_saved_bytes(model: nn.Module, images: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = torch.cat(
-            schemes.as_list(model.train()(images))
-        ).sum()  # while it lives the graph does, and no address is used again
+        # while the loss lives the graph does, and no address is used again
+        loss = torch.cat(schemes.as_list(model.train()(images))).sum()
     del loss
     return sum(kept.values())
 
@@ -232,7 +228,7 @@ class Task:
     metrics: Sequence[str]
 
 
-def build_pair(base: str, other: str, device: str) -> tuple[nn.Module, nn.Module]:
+def build_pair(base: str, other: str, device: str) -> tuple[nn.Module, Any]:
     """Two models; a twin's base is its own backbone, so that the same weights lie at the same place in memory.
 
     Args:

@@ -455,7 +455,7 @@ class Hub(ThreadingTCPServer):
             raise Refused(403, f'You don\'t have the rights to create a model under the namespace "{namespace}"')
         if repo_id in self.repos:
             raise Refused(409, f"You already created this model repo: {repo_id}", url=f"{self.url}/{repo_id}")
-        self.create(repo_id, private=wanted.get("visibility") == "private")
+        self.create(repo_id, private=wanted.get("visibility") == "private" or wanted.get("private", False))
         return _json({"url": f"{self.url}/{repo_id}", "name": repo_id, "id": repo_id})
 
     @route("POST", "/api/validate-yaml")

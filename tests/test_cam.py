@@ -15,9 +15,10 @@ from sklearn.datasets import load_sample_images
 
 from timm_convmix import cli
 from timm_convmix.errors import ExtraError
+from timm_convmix.inspection import Cam, cam, describe, weigh_taps
 from timm_convmix.pictures import draw_cams, draw_stages, short
 from timm_convmix.prediction import default_model
-from timm_convmix.saliency import Cam, StageMap, cam, describe, weigh_taps
+from timm_convmix.saliency import StageMap
 
 pytest.importorskip("matplotlib")
 

@@ -11,6 +11,7 @@ import timm
 from families import FAMILIES
 from test_training import needs_scripts, script
 
+from timm_convmix.convmix import manifest
 from timm_convmix.stems import BACKBONES
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +43,13 @@ def test_numbers():
     model = timm.create_model("convmix_resnet50", device="meta")
     added = sum(p.numel() for p in model.mixer.parameters()) / sum(p.numel() for p in model.backbone.parameters())
     assert f"{added:.1%} to ResNet-50".replace("%", " %") in README
+
+
+def test_what_the_embedded_pair_is_worth():
+    record = manifest["convmix_tiny_cifar.cifar10"]
+    own, plain = record.metrics.top1, record.baseline.metrics.top1
+    stated = f"top-1 {own:.2f} % of the test images, its plain baseline {plain:.2f} %"
+    assert stated in " ".join(README.split())
 
 
 def test_ci_installs_and_tests_as_the_readme_says():

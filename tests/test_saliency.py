@@ -9,18 +9,10 @@ from timm.models import get_pretrained_cfg
 from torch.nn import functional as F
 
 from timm_convmix import ConvMixNet, FeatureError, InputError, StageError, WeightsError
+from timm_convmix.inspection import Classifier, baseline_of, cam, describe, weigh_taps
 from timm_convmix.mixers import MIXERS, Mixer
 from timm_convmix.prediction import default_model
-from timm_convmix.saliency import (
-    Classifier,
-    baseline_of,
-    cam,
-    describe,
-    grad_cam,
-    tap_contributions,
-    total_gradient,
-    weigh_taps,
-)
+from timm_convmix.saliency import grad_cam, tap_contributions, total_gradient
 
 PHOTOGRAPHS = load_sample_images().filenames
 FAMILIES = [

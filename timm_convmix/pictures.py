@@ -1,4 +1,4 @@
-"""Pictures of what ``saliency`` finds, drawn with matplotlib (the extra ``cam``), without a display."""
+"""Pictures of what ``inspection`` finds, drawn with matplotlib (the extra ``cam``), without a display."""
 
 import math
 import textwrap
@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from timm_convmix.errors import ExtraError, InputError
+from timm_convmix.inspection import Cam
 from timm_convmix.model import MODULE_PREFIX
-from timm_convmix.saliency import Cam
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -92,7 +92,7 @@ def draw_stages(rows: Sequence[Mapping[str, Any]], drops: Mapping[int, float] | 
     """A model's stages as squares, and what flows from them through the mixer into the final map.
 
     Args:
-        rows: Of ``saliency.describe``.
+        rows: Of ``inspection.describe``.
         drops: Position of a tap -> by how much the logit falls without it, in the mean.
 
     Raises:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from timm_convmix.inspection import cam, describe, weigh_taps
 from timm_convmix.pictures import draw_cams, draw_stages, new_figure, save
 from timm_convmix.prediction import default_model, find_images
-from timm_convmix.saliency import cam, describe, weigh_taps
 
 MODEL = "convmix_ARCH[.TAG], hf-hub:NAMESPACE/NAME, a packed folder, or a checkpoint"
 

@@ -5,7 +5,6 @@ Schema that ships beside this file.
 """
 
 import dataclasses
-import getpass
 import json
 import math
 import os
@@ -388,7 +387,8 @@ def update_manifest(name: str, record: WeightRecord, path: str | Path | None = N
         ManifestError: The present file, or the new entry, is not valid.
     """
     path = Path(path or manifest_path())
-    place = sha256(f"{getpass.getuser()} {path.resolve()}".encode()).hexdigest()
+    user = getattr(os, "getuid", int)()  # Windows has none, and gives each user a temporary folder of their own
+    place = sha256(f"{user} {path.resolve()}".encode()).hexdigest()
     with WeakFileLock(Path(tempfile.gettempdir(), f"timm_convmix-{place[:16]}.lock")):  # stays; not beside the file
         write_atomically(path, format_manifest(read_manifest(path) | {fit(Name, name, "weights"): record}).encode())
 

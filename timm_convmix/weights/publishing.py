@@ -15,6 +15,7 @@ from timm_convmix.errors import ChecksumError, HubError, PackingError
 from timm_convmix.weights.card import format_card
 from timm_convmix.weights.hub import (
     CONFIG_NAME,
+    HUB_PREFIX,
     WEIGHTS_NAME,
     Head,
     check_write_access,
@@ -153,7 +154,7 @@ def prove_published(repo_id: str, commit: str, folder: Path, api: HfApi) -> None
         ChecksumError: Its logits differ in any bit.
     """
     environment = dict(os.environ) | ({"HF_TOKEN": api.token} if isinstance(api.token, str) else {})
-    names = [f"hf-hub:{repo_id}@{commit}", f"local-dir:{folder.resolve()}"]
+    names = [f"{HUB_PREFIX}{repo_id}@{commit}", f"local-dir:{folder.resolve()}"]
     try:
         with tempfile.TemporaryDirectory() as cache:
             command = [sys.executable, "-c", PROOF, cache, *names]

@@ -7,10 +7,10 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import is_offline_mode
+from huggingface_hub import constants
 from timm.models import split_model_name_tag
 
-from timm_convmix.errors import ChecksumError, ConvMixError, ManifestError
+from timm_convmix.errors import ChecksumError, ConvMixError, ManifestError, WeightsError
 from timm_convmix.weights.hub import (
     CONFIG_NAME,
     HUB_PREFIX,
@@ -78,14 +78,14 @@ def pull(
 
 def _pull_repository(name: str, manifest: str | Path | None, cache_dir: str | Path | None) -> dict[str, Any]:
     """Fetch config and weights of a repository at one commit, checked as when they are loaded."""
-    repo_id, _, revision = name.removeprefix(HUB_PREFIX).partition("@")
-    config = download(f"{repo_id}@{revision}" if revision else repo_id, CONFIG_NAME, what=name, cache_dir=cache_dir)
-    if config is None:
-        raise ManifestError(f"{name}: {repo_id} holds no {CONFIG_NAME}, so timm cannot build a model of it.")
-    repo = f"{repo_id}@{config.parent.name}"
-    load_repository(repo, read_manifest(manifest), what=name, cache_dir=cache_dir)
-    weights = download_weights(repo, what=name, cache_dir=cache_dir)  # from the cache
-    return dict(source=repo_id, revision=config.parent.name, bytes=weights.stat().st_size)
+    repo = name.removeprefix(HUB_PREFIX)
+    repo_id = repo.partition("@")[0]
+    if (config := download(repo, CONFIG_NAME, what=name, cache_dir=cache_dir)) is None:
+        raise WeightsError(f"{name}: {repo_id} holds no {CONFIG_NAME}, so timm cannot build a model of it.")
+    commit = config.parent.name
+    load_repository(f"{repo_id}@{commit}", read_manifest(manifest), what=name, cache_dir=cache_dir)
+    weights = download_weights(f"{repo_id}@{commit}", what=name, cache_dir=cache_dir)  # from the cache
+    return dict(source=repo_id, revision=commit, bytes=weights.stat().st_size)
 
 
 def verify(
@@ -122,7 +122,7 @@ def verify(
         try:
             tensors = _tensors(name, record, Path(packed), cache_dir)
             row["bytes"] = "ok"
-            if record.state == "published" and not is_offline_mode():
+            if record.state == "published" and not constants.HF_HUB_OFFLINE:
                 check_hub(name, record)
                 row["hub"] = "ok"
             model = build(name, record, tensors)
