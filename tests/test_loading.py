@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import get_pretrained_cfg, model_entrypoint, register_model, save_for_hf
 
 import timm_convmix
-from timm_convmix import ChecksumError, HubError, ManifestError, WeightsError
+from timm_convmix import ChecksumError, HubError, WeightsError
 from timm_convmix import convmix as registry
 from timm_convmix.weights import loading, manifest
 from timm_convmix.weights.hub import download
@@ -262,10 +262,17 @@ def test_a_damaged_embedded_file_is_not_loaded_nor_replaced_by_another(weights, 
     assert str(error.value) == f"{NAME}, net.safetensors of this package: {said}"
 
 
-def test_an_embedded_link_out_of_the_package_is_not_followed(weights, embed, tmp_path):
+def test_an_embedded_link_is_as_good_as_its_bytes(weights, tmp_path, embed):
+    """Some installers link every file (``uv pip install --link-mode=symlink``)."""
+    embed(weights, "net.safetensors")
+    link = tmp_path / "package" / "embedded" / "net.safetensors"
+    link.unlink()
+    link.symlink_to(weights)
     entry = record(weights=weights, embedded="net.safetensors")
-    (tmp_path / "package" / "embedded" / "net.safetensors").symlink_to(weights)
-    with pytest.raises(ManifestError, match=r"^embedded: net\.safetensors leads out of the package$"):
+    assert load_record(entry, name=NAME).keys() == load_file(weights).keys()
+    link.unlink()
+    link.symlink_to(__file__)
+    with pytest.raises(ChecksumError, match=rf"^{NAME}, net\.safetensors of this package: expected "):
         load_record(entry, name=NAME)
 
 

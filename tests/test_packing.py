@@ -328,6 +328,27 @@ def test_packing_again_replaces(run, packer):
     load(packer.folder)
 
 
+def test_an_interrupted_replacement_gives_the_old_folder_back(tmp_path, monkeypatch):
+    place, new = tmp_path / "net", tmp_path / ".net" / "folder"
+    for folder, text in ((place, "old"), (new, "new")):
+        folder.mkdir(parents=True)
+        (folder / "README.md").write_text(text)
+    move = Path.replace
+
+    def interrupted(path, target):
+        if path == new:
+            raise KeyboardInterrupt
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        packing.replace_folder(new, place)
+    assert (place / "README.md").read_text() == "old"
+    monkeypatch.undo()
+    packing.replace_folder(new, place)
+    assert (place / "README.md").read_text() == "new"
+
+
 # Where the tensors come from, and how they are stored -----------------------------------------------------------------
 
 

@@ -8,7 +8,6 @@ import csv
 import dataclasses
 import datetime
 import json
-import shutil
 import tempfile
 from dataclasses import dataclass
 from hashlib import sha256
@@ -45,6 +44,7 @@ from timm_convmix.weights.manifest import (
     fit,
     read_manifest,
     update_manifest,
+    write_atomically,
 )
 from timm_convmix.weights.measuring import dataset_checksum, evaluate, hardware, open_dataset, probe, probe_input
 
@@ -379,11 +379,16 @@ def yaml_of(value: Any) -> str:
 
 
 def replace_folder(new: Path, place: Path) -> None:
-    """Move a folder to its place; what stood there goes only once the new one is beside it."""
+    """Move a folder to its place, beside it already; what stood there goes once it is replaced, or comes back."""
+    old = new.with_name("old")
     if place.exists():
-        old = new.with_name("old")
         place.replace(old)
-    new.replace(place)
+    try:
+        new.replace(place)
+    except BaseException:
+        if old.exists():
+            old.replace(place)
+        raise
 
 
 def embed_weights(weights: Path, filename: str) -> None:
@@ -396,7 +401,7 @@ def embed_weights(weights: Path, filename: str) -> None:
         raise PackingError(f"{filename} has {size} bytes; only files of up to {EMBEDDED_LIMIT} travel in the package.")
     folder = PACKAGE / "embedded"
     folder.mkdir(exist_ok=True)
-    shutil.copyfile(weights, folder / filename)
+    write_atomically(folder / filename, weights.read_bytes())
 
 
 # Where it comes from --------------------------------------------------------------------------------------------------
