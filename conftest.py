@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_CACHE"] = tempfile.mkdtemp(prefix="hub-cache-")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser
+from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 from timm.utils import random_seed
 
 import timm_convmix  # noqa: F401  (registers the variants)
@@ -85,6 +86,14 @@ def readme_weights(hub_cache, save_plain):
         hub_cache("timm/resnet50.a1_in1k", weights, os.environ["HF_HUB_CACHE"])
 
 
+def know_what_is_missing(namespace):
+    """For snippets that say `<!-- skip: next if(missing("fastai"), reason="...") -->`."""
+    namespace["missing"] = lambda package: importlib.util.find_spec(package) is None
+
+
 pytest_collect_file = Sybil(
-    parsers=[PythonCodeBlockParser()], patterns=["README.md", "docs/*.md"], fixtures=["readme_weights"]
+    parsers=[PythonCodeBlockParser(), SkipParser()],
+    patterns=["README.md", "docs/*.md"],
+    fixtures=["readme_weights"],
+    setup=know_what_is_missing,
 ).pytest()

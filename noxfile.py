@@ -34,3 +34,11 @@ def docs(session: nox.Session) -> None:
     """The site, where a warning is an error."""
     session.install(".[docs]")
     session.run("sphinx-build", "-W", "docs", "docs/_build")
+
+
+@nox.session
+def integrations(session: nox.Session) -> None:
+    """What is tested only where it is installed: libraries that build on timm, and the demo (in Chromium, if any)."""
+    session.install(".[test,demo,ray]", "fastai", "lightning", "selenium", "transformers")
+    tests = ("test_consumers.py", "test_demo.py", "test_examples.py", "test_packing.py")
+    session.run("pytest", *(f"tests/{name}" for name in tests), "docs/integrations.md")

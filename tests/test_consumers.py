@@ -3,8 +3,12 @@
 import pytest
 import timm
 import torch
+from desks import NAME
+from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.nn import functional as F
+
+from timm_convmix import predict
 
 
 @pytest.fixture(scope="module")
@@ -37,3 +41,70 @@ def test_effdet_reads_the_feature_info():
     features = timm.create_model("convmix_resnet18", features_only=True, out_indices=(2, 3, 4))
     info = efficientdet.get_feature_info(features)
     assert [(stage["num_chs"], stage["reduction"]) for stage in info] == [(128, 8), (256, 16), (512, 32)]
+
+
+def test_transformers_pipeline(packed, digits):
+    transformers = pytest.importorskip("transformers")
+    folder = packed.folders / NAME
+    classify = transformers.pipeline("image-classification", model=str(folder))
+    files = [next((digits / "validation" / label).iterdir()) for label in "047"]
+    for file in files:
+        expected = predict(file, model=folder, topk=3, quiet=True)
+        got = classify(Image.open(file), top_k=3)
+        assert [row["label"] for row in got] == [row["label"] for row in expected]
+        assert [row["score"] for row in got] == pytest.approx([row["probability"] for row in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForImageClassification"])
+def test_transformers_round_trip(auto, packed, photographs, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = getattr(transformers, auto).from_pretrained(packed.folders / NAME).eval()
+    model.save_pretrained(tmp_path)
+    again = getattr(transformers, auto).from_pretrained(tmp_path).eval()
+    for output, other in zip(model(photographs).to_tuple(), again(photographs).to_tuple(), strict=True):
+        assert torch.equal(output, other)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # Lightning's own, of torch
+def test_lightning(photographs):
+    lightning = pytest.importorskip("lightning")
+
+    class Classifier(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.model = timm.create_model("convmix_resnet18", num_classes=2)
+
+        def training_step(self, batch, index):
+            x, y = batch
+            return F.cross_entropy(self.model(x), y)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    classifier = Classifier()
+    before = classifier.model.mixer.gain.detach().clone()
+    trainer = lightning.Trainer(
+        max_steps=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(classifier, torch.utils.data.DataLoader([*zip(photographs, [0, 1], strict=True)], batch_size=2))
+    assert trainer.global_step == 2
+    assert not torch.equal(classifier.model.mixer.gain, before)
+
+
+def test_fastai_vision_learner_keeps_the_mixer(digits):
+    vision = pytest.importorskip("fastai.vision.all")
+    files = sorted((digits / "validation").rglob("*.png"))[:32]
+    images = vision.ImageDataLoaders.from_lists(
+        digits, files, [file.parent.name for file in files], bs=8, num_workers=0
+    )
+    learner = vision.vision_learner(images, "convmix_resnet18", pretrained=False)
+    [(name, gain)] = [(name, p) for name, p in learner.model.named_parameters() if name.endswith("mixer.gain")]
+    before = gain.detach().clone()
+    with learner.no_bar(), learner.no_logging():
+        learner.fit(1, lr=1e-3)
+    assert not torch.equal(gain.cpu(), before), name

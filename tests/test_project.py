@@ -22,13 +22,25 @@ LAYERS = [  # a module imports from lines above its own only
     {"prediction", "saliency"},
     {"inspection"},
     {"pictures"},
-    {"cli.output", "cli.models", "cli.scripts", "cli.weights", "cli.predict", "cli.data", "cli.cam"},
+    {"demo", "exporting"},
+    {"cli.output", "cli.arguments"},
+    {
+        "cli.models",
+        "cli.scripts",
+        "cli.weights",
+        "cli.predict",
+        "cli.data",
+        "cli.cam",
+        "cli.demo",
+        "cli.export",
+    },
     {"cli"},
     {"__main__", "__init__", "weights"},
 ]
 RUNTIME = {"torch", "timm", "huggingface_hub", "safetensors"}
 OF_TIMM = {"PIL", "torchvision"}  # timm reads images with them, so they are there wherever timm is
-EXTRAS = {"matplotlib"}  # where one is needed, inside the function: everything else works without it
+EXTRAS = {"matplotlib", "gradio", "fastapi", "onnx", "onnxruntime", "onnxscript"}
+"""Imported where one is needed, inside the function: everything else works without it."""
 
 
 def modules():

@@ -233,6 +233,51 @@ def script(folder, name, *arguments):
 
 
 @needs_scripts
+def test_options_of_the_real_train_py(digits, tmp_path):
+    """An epoch with them and one that resumes it, at a learning rate of nearly 0: the head stays as it starts."""
+    common = ["--device-modules", "timm_convmix", "--data-dir", digits, "--model", VARIANT, "--num-classes", 10]
+    common += ["--img-size", 32, "--batch-size", 64, "--workers", 0, "--no-prefetcher", "--device", "cpu"]
+    common += ["--opt", "adamw", "--lr", 1e-8, "--layer-decay", 0.75, "--grad-accum-steps", 2, "--model-ema"]
+    common += ["--model-ema-decay", 0.9, "--head-init-scale", 0.001, "--head-init-bias", -2.5, "--drop-path", 0.1]
+    common += ["--mixup", 0.2, "--cutmix", 1.0, "--bce-loss", "--warmup-epochs", 0, "--cooldown-epochs", 0]
+    common += ["--sched", "step", "--decay-epochs", 9, "--output", tmp_path]
+
+    def run(experiment, *more):
+        script(tmp_path, "train.py", *common, "--experiment", experiment, *more)
+        return torch.load(tmp_path / experiment / "last.pth.tar", weights_only=False)
+
+    first = run("first", "--epochs", 1)
+    second = run("second", "--epochs", 2, "--resume", tmp_path / "first" / "last.pth.tar")
+    assert (first["epoch"], second["epoch"]) == (0, 1)
+    head = first["state_dict"]["backbone.fc.weight"]
+    assert head.abs().max() < 0.001
+    torch.testing.assert_close(first["state_dict"]["backbone.fc.bias"], torch.full((10,), -2.5))
+
+    # 1,437 images in batches of 64: an update for each two
+    steps = [{int(state["step"]) for state in saved["optimizer"]["state"].values()} for saved in (first, second)]
+    assert steps == [{11}, {22}]
+
+    scales = [group["lr_scale"] for group in first["optimizer"]["param_groups"]]
+    model = train_py_model()
+    groups = create_optimizer_v2(model, opt="adamw", lr=1, weight_decay=0.05, layer_decay=0.75).param_groups
+    assert scales == [group["lr_scale"] for group in groups]
+    scale = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert {scale[id(p)] for p in [*model.mixer.parameters(), *model.get_classifier().parameters()]} == {1}
+    assert max(scale[id(p)] for p in model.backbone.layer1.parameters()) < 0.75
+
+    statistics = "backbone.bn1.running_mean"
+    for saved in (first, second):
+        assert not torch.equal(saved["state_dict"][statistics], saved["state_dict_ema"][statistics])
+    loaded = timm.create_model(
+        VARIANT,
+        pretrained=True,
+        num_classes=10,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / "second" / "last.pth.tar"), num_classes=-1),
+    )
+    assert torch.equal(loaded.state_dict()[statistics], second["state_dict_ema"][statistics])
+
+
+@needs_scripts
 def test_the_real_train_py(digits, tmp_path):
     common = ["--device-modules", "timm_convmix", "--data-dir", digits, "--model", VARIANT, "--num-classes", 10]
     common += ["--img-size", 32, "--batch-size", 64, "--workers", 0, "--no-prefetcher", "--opt", "sgd", "--lr", 0.05]

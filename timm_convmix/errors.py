@@ -9,6 +9,7 @@ ConvMixError
 │   └── ChecksumError               weights whose bytes are not those that were recorded
 ├── ManifestError   (ValueError)    a weights_manifest.json, or an entry, that is not as it must be
 ├── PackingError    (RuntimeError)  a trained model that cannot be packed, or did not prove itself
+├── ExportError     (RuntimeError)  a model that cannot be exported, or whose file does not compute the same
 ├── HubError        (OSError)       weights that could not be fetched or published
 ├── DatasetError    (OSError)       a data set that could not be fetched, or is not the official one
 └── ExtraError      (ImportError)   an optional dependency that is not installed
@@ -51,6 +52,10 @@ class ManifestError(ConvMixError, ValueError):
 
 class PackingError(ConvMixError, RuntimeError):
     """A trained model cannot be packed, or did not prove itself when it was reloaded."""
+
+
+class ExportError(ConvMixError, RuntimeError):
+    """A model cannot be exported, or the file that was written does not compute the same."""
 
 
 class HubError(ConvMixError, OSError):

@@ -6,7 +6,7 @@ Rows of plain data, and arrays that ``pictures`` draws.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,33 +153,66 @@ def cam(
         InputError: There is no image, one cannot be read, or a model has no such class.
         ConvMixError: A model cannot be loaded, or has no maps, see ``grad_cam``.
     """
+    classifiers = load_pair(model, compare=compare, arch=arch)
+    for name, image in look_at(images, on_skip):
+        yield name, compare_cams(classifiers, image, class_name)
+
+
+def load_pair(
+    model: str | Path | nn.Module | None = None,
+    *,
+    compare: str | Path | nn.Module | None = None,
+    arch: str | None = None,
+) -> list[Classifier]:
+    """Load a model, and what stands beside it; arguments as of ``cam``.
+
+    Returns:
+        Both, or the model alone where it is a plain backbone that has no other.
+
+    Raises:
+        ConvMixError: A model cannot be loaded.
+    """
     classifiers = [Classifier.load(model, arch=arch)]
     compare = compare or baseline_of(model) or MIXER_OFF
     if compare != MIXER_OFF:
         classifiers.append(Classifier.load(compare, arch=arch))
     elif mixes(classifiers[0].net):
         classifiers.append(classifiers[0].without_mixer())
+    return classifiers
 
+
+def compare_cams(
+    classifiers: Sequence[Classifier], image: Image.Image, class_name: str | int | None = None
+) -> list[Cam]:
+    """Grad-CAM of an image by each model, for one class.
+
+    Args:
+        classifiers: The first says which class, where none is named.
+        image: RGB.
+        class_name: See ``cam``.
+
+    Raises:
+        InputError: A model has no such class.
+        ConvMixError: A model has no maps, see ``grad_cam``.
+    """
     same_classes = all(each.labels == classifiers[0].labels for each in classifiers)
-
-    for name, image in look_at(images, on_skip):
-        wanted, cams = class_name, []
-        for each in classifiers:
-            found = grad_cam(each.net, each.prepare(image), None if wanted is None else each.find_class(wanted))
-            index = int(found.classes)
-            cams.append(
-                Cam(
-                    model=each.name,
-                    mixes=mixes(each.net),
-                    label=each.labels[index],
-                    probability=float(found.logits[0].float().softmax(0)[index]),
-                    photo=each.photo(image),
-                    maps=[dataclasses.replace(stage, heat=stage.heat[0]) for stage in found.maps],
-                )
+    wanted, cams = class_name, []
+    for each in classifiers:
+        found = grad_cam(each.net, each.prepare(image), None if wanted is None else each.find_class(wanted))
+        index = int(found.classes)
+        cams.append(
+            Cam(
+                model=each.name,
+                mixes=mixes(each.net),
+                label=each.labels[index],
+                probability=float(found.logits[0].float().softmax(0)[index]),
+                photo=each.photo(image),
+                maps=[dataclasses.replace(stage, heat=stage.heat[0]) for stage in found.maps],
             )
-            if wanted is None:
-                wanted = index if same_classes else each.labels[index]
-        yield name, cams
+        )
+        if wanted is None:
+            wanted = index if same_classes else each.labels[index]
+    return cams
 
 
 def baseline_of(source: str | Path | nn.Module | None) -> str | None:

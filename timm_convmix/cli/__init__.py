@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-from timm_convmix.cli import cam, data, models, predict, scripts, weights
+from timm_convmix.cli import cam, data, demo, export, models, predict, scripts, weights
 from timm_convmix.cli.output import FORMATS
 from timm_convmix.errors import ConvMixError
 from timm_convmix.version import __version__
@@ -26,6 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_verbs(verbs)
     data.add_verbs(verbs)
     cam.add_verbs(verbs)
+    demo.add_verbs(verbs)
+    export.add_verbs(verbs)
     for verb in verbs.choices.values():
         verb.formatter_class = argparse.RawDescriptionHelpFormatter
         verb.add_argument("--format", choices=FORMATS, default="table", help="of what is printed (default: table)")

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from timm_convmix.cli.arguments import Size, add_model
 from timm_convmix.inspection import cam, describe, weigh_taps
 from timm_convmix.pictures import draw_cams, draw_stages, new_figure, save
 from timm_convmix.prediction import default_model, find_images
-
-MODEL = "convmix_ARCH[.TAG], hf-hub:NAMESPACE/NAME, a packed folder, or a checkpoint"
 
 
 def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -58,29 +57,6 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument("--image", nargs="+", metavar="IMAGE_OR_FOLDER", help="of a folder the subfolders too")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it (.png, .svg, .pdf); needs matplotlib")
     parser.set_defaults(run=run_info)
-
-
-def add_model(parser: argparse.ArgumentParser, name: str, **kwargs: Any) -> None:
-    """Add the argument for a model, and the architecture of a checkpoint."""
-    default = kwargs.get("default")
-    parser.add_argument(name, **kwargs, help=MODEL + (f" (default: {default})" if default else ""))
-    parser.add_argument("--arch", help="architecture of a checkpoint that does not say it")
-
-
-class Size(argparse.Action):
-    """One positive number for height and width, or two."""
-
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        """Keep (height, width)."""
-        if len(values) > 2 or min(values) < 1:
-            parser.error(f"argument {option_string}: one positive number, or two: height and width")
-        setattr(namespace, self.dest, (values[0], values[-1]))
 
 
 def skipping(verb: str) -> tuple[list[str], Callable[[str, str], None]]:
