@@ -58,7 +58,7 @@ class Predictor:
 
 
 def shards(images: Path, size: int, model: str | None) -> dict[str, list[str]]:
-    """Name -> files; a name changes with the files and the model, so that no old shard stands for a new one."""
+    """Name -> files; a name changes with the names of the files and of the model, not with what they hold."""
     files = sorted(map(str, find_images([images.resolve()])))
     groups = [files[start : start + size] for start in range(0, len(files), size)]
     return {f"{hashlib.sha256(repr([model, *group]).encode()).hexdigest()[:16]}.csv": group for group in groups}

@@ -1,9 +1,11 @@
 """Libraries that say timm.create_model(name) work after the import; each runs where it is installed."""
 
+from copy import deepcopy
+
 import pytest
 import timm
 import torch
-from desks import NAME
+from desks import NAME, REPO
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch.nn import functional as F
@@ -53,6 +55,21 @@ def test_transformers_pipeline(packed, digits):
         got = classify(Image.open(file), top_k=3)
         assert [row["label"] for row in got] == [row["label"] for row in expected]
         assert [row["score"] for row in got] == pytest.approx([row["probability"] for row in expected], abs=1e-4)
+
+
+def test_transformers_pipeline_from_a_hub(hub, desks, packed, published, digits):
+    pytest.importorskip("transformers")
+    hub.repos[REPO] = deepcopy(published.repo)
+    file = next((digits / "validation" / "0").iterdir())
+    code = f"""
+import timm_convmix
+from transformers import pipeline
+
+print(pipeline("image-classification", model={REPO!r})({str(file)!r})[0]["label"])
+"""
+    client = desks(None).python(code)
+    assert client.status == 0, client.err
+    assert client.out.split() == [predict(file, model=packed.folders / NAME, topk=1, quiet=True)[0]["label"]]
 
 
 @pytest.mark.parametrize("auto", ["AutoModel", "AutoModelForImageClassification"])

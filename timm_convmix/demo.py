@@ -137,9 +137,9 @@ def serve(
             theme=theme.set(block_info_text_color="*neutral_600"),
             app_kwargs=dict(dependencies=[fetch_nothing()]),
         )
-    except OSError as error:
+    except (OSError, OverflowError) as error:
         raise OSError(
-            f"nothing can listen at {host}:{port}: the port is taken, or the host is none of here."
+            f"nothing can listen at {host}:{port}: the port is taken or is none, or the host is none of here."
         ) from error
     if on_ready:
         on_ready(str(blocks.local_url))

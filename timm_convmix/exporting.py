@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
+from importlib.util import find_spec
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,13 +142,9 @@ def check_request(to: str, data_dir: str | Path | None, *, int8: bool) -> None:
         raise InputError(f"to={to!r} is none of {', '.join(SUFFIXES)}.")
     if int8 and (to != "onnx" or data_dir is None):
         raise InputError("int8 is a kind of onnx, and needs a data set (data_dir, --data): it is measured on images.")
-    if to == "onnx":
-        try:
-            import onnx, onnxruntime, onnxscript  # noqa: E401, F401, I001, PLC0415  (an extra: all else works without it)
-        except ImportError as error:
-            raise ExtraError(
-                "ONNX needs onnx, onnxruntime and onnxscript: pip install 'timm-convmix[export]'."
-            ) from error
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if to == "onnx" and missing:
+        raise ExtraError(f"ONNX needs {', '.join(missing)}: pip install 'timm-convmix[export]'.")
 
 
 def choose_place(output: str | Path | None, model: Mapping[str, Any], suffix: str) -> Path:

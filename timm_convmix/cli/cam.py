@@ -2,12 +2,12 @@
 
 import argparse
 import itertools
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from timm_convmix.cli.arguments import Size, add_model
+from timm_convmix.cli.arguments import add_model, add_size
+from timm_convmix.cli.output import skipping
 from timm_convmix.inspection import cam, describe, weigh_taps
 from timm_convmix.pictures import draw_cams, draw_stages, new_figure, save
 from timm_convmix.prediction import default_model, find_images
@@ -51,23 +51,10 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "  timm-convmix info convmix_tiny_cifar.cifar10 --image photos/ --picture taps.png\n",
     )
     add_model(parser, "model")
-    parser.add_argument(
-        "--size", type=int, nargs="+", action=Size, metavar="N", help="height and width of the image, or both at once"
-    )
+    add_size(parser)
     parser.add_argument("--image", nargs="+", metavar="IMAGE_OR_FOLDER", help="of a folder the subfolders too")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it (.png, .svg, .pdf); needs matplotlib")
     parser.set_defaults(run=run_info)
-
-
-def skipping(verb: str) -> tuple[list[str], Callable[[str, str], None]]:
-    """The files that were skipped, and what names another one on stderr."""
-    skipped: list[str] = []
-
-    def skip(file: str, reason: str) -> None:
-        skipped.append(file)
-        sys.stderr.write(f"timm-convmix {verb}: {file}: {reason}\n")
-
-    return skipped, skip
 
 
 def run_cam(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:

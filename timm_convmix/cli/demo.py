@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import Any
 
+from timm_convmix.cli.arguments import MODEL, positive
 from timm_convmix.demo import HOST, MAX_MEGABYTES, PORT, build, serve
 from timm_convmix.prediction import default_model
 
@@ -26,17 +27,16 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         nargs="+",
         action="extend",
         required=default is None,
-        help="convmix_ARCH[.TAG], hf-hub:NAMESPACE/NAME, a packed folder, or a checkpoint; several to choose from"
-        + (f" (default: {default})" if default else ""),
+        help=f"{MODEL}; several to choose from" + (f" (default: {default})" if default else ""),
     )
     parser.add_argument("--examples", metavar="IMAGE_OR_FOLDER", help="images that the page offers")
     parser.add_argument(
         "--host", default=HOST, help=f"address to listen at, such as 0.0.0.0 to let others in (default: {HOST})"
     )
-    parser.add_argument("--port", type=int, default=PORT, metavar="N", help=f"to listen at (default: {PORT})")
+    parser.add_argument("--port", type=positive, default=PORT, metavar="N", help=f"to listen at (default: {PORT})")
     parser.add_argument(
         "--max-megabytes",
-        type=int,
+        type=positive,
         default=MAX_MEGABYTES,
         metavar="N",
         help=f"of an uploaded file (default: {MAX_MEGABYTES})",

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from timm_convmix.cli.arguments import Size, add_model
+from timm_convmix.cli.arguments import add_model, add_size
 from timm_convmix.exporting import CALIBRATION, SUFFIXES, export
 
 
@@ -38,9 +38,7 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
     parser.add_argument(
         "--max-loss", type=float, default=1.0, metavar="POINTS", help="of top-1 that int8 may cost (default: 1.0)"
     )
-    parser.add_argument(
-        "--size", type=int, nargs="+", action=Size, metavar="N", help="height and width of the image, or both at once"
-    )
+    add_size(parser)
     parser.set_defaults(run=run_export)
 
 

@@ -1,10 +1,13 @@
-"""How rows of plain data look: a table for a terminal, JSON and CSV for programs."""
+"""What a verb says: rows of plain data, as a table for a terminal, JSON or CSV for programs; the files it skips."""
 
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
 Rows = Sequence[dict[str, Any]]
 
@@ -40,3 +43,14 @@ def as_csv(rows: Rows) -> str:
 
 
 FORMATS: dict[str, Callable[[Rows], str]] = {"table": as_table, "json": as_json, "csv": as_csv}
+
+
+def skipping(verb: str) -> tuple[list[str], Callable[[str, str], None]]:
+    """The files that were skipped, and what names another one on stderr, above a progress bar."""
+    skipped: list[str] = []
+
+    def skip(file: str, reason: str) -> None:
+        skipped.append(file)
+        tqdm.write(f"timm-convmix {verb}: {file}: {reason}", file=sys.stderr)
+
+    return skipped, skip

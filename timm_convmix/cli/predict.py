@@ -1,11 +1,10 @@
 """Verb that classifies images."""
 
 import argparse
-import sys
 from typing import Any
 
-from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
-
+from timm_convmix.cli.arguments import add_model, positive
+from timm_convmix.cli.output import skipping
 from timm_convmix.prediction import default_model, predict
 
 
@@ -24,35 +23,16 @@ def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         "  timm-convmix predict photos/ --model weights.safetensors --arch convmix_resnet18\n",
     )
     parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="of a folder the subfolders too")
-    parser.add_argument(
-        "--model",
-        default=default,
-        required=default is None,
-        help="convmix_ARCH[.TAG], hf-hub:NAMESPACE/NAME, a packed folder, or a checkpoint"
-        + (f" (default: {default})" if default else " (required: no trained model is embedded)"),
-    )
-    parser.add_argument("--arch", help="architecture of a checkpoint that does not say it")
+    add_model(parser, "--model", default=default, required=default is None)
     parser.add_argument("--topk", type=positive, default=5, metavar="K", help="classes an image (default: 5)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images a step (default: 32)")
     parser.add_argument("--device", help="such as cpu, cuda:1 or mps (default: cuda if there is one, else cpu)")
     parser.set_defaults(run=run_predict)
 
 
-def positive(text: str) -> int:
-    """A number of the command line that is at least 1."""
-    if (number := int(text)) < 1:
-        raise ValueError
-    return number
-
-
 def run_predict(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     """Predict; a row an image and class, and 1 if a file was skipped."""
-    skipped = []
-
-    def skip(file: str, reason: str) -> None:
-        skipped.append(file)
-        tqdm.write(f"timm-convmix predict: {file}: {reason}", file=sys.stderr)  # above the progress bar
-
+    skipped, skip = skipping(args.verb)
     rows = predict(
         args.images,
         model=args.model,
