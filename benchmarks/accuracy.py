@@ -459,7 +459,7 @@ def list_settings(args: argparse.Namespace, data: dict[str, Any]) -> Iterator[tu
 
 def name_mode(args: argparse.Namespace) -> str:
     """The number format, and whether the model is compiled."""
-    words = ["bfloat16" if args.device.startswith("cuda") and not args.float32 else "float32"]
+    words = [args.dtype or ("bfloat16" if args.device.startswith("cuda") else "float32")]
     return ", ".join(words + ["compiled"] * args.compile)
 
 
@@ -565,7 +565,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     how = parser.add_argument_group("how")
     how.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
-    how.add_argument("--float32", action="store_true", help="on a GPU too")
+    how.add_argument("--dtype", choices=["bfloat16", "float32"], help="of autocast (bfloat16 on a GPU, else float32)")
     how.add_argument("--compile", action="store_true", help="train through torch.compile")
     how.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, on the CPU")
     how.add_argument("--save", type=Path, metavar="DIR", help="keep each model as DIR/ARCH-SCHEME-SEED.safetensors")

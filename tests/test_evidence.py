@@ -622,5 +622,5 @@ def test_options_are_what_a_row_records():
     recorded = set(accuracy.Settings.__dataclass_fields__)
     names = {action.dest for action in accuracy.build_parser()._actions}
     assert isinstance(accuracy.build_parser(), argparse.ArgumentParser)
-    how = {"help", "data", "dataset_name", "schemes", "seeds", "select", "device", "float32", "compile", "threads"}
+    how = {"help", "data", "dataset_name", "schemes", "seeds", "select", "device", "dtype", "compile", "threads"}
     assert names - how - {"save", "results"} <= recorded

@@ -152,6 +152,18 @@ def test_no_claim_without_seeds_or_difference():
     assert "| 60.30 | 60.55 | 60.80 | +0.50 | n = 1: no claim |" in one
 
 
+def test_answers_in_words():
+    worse = [-value for value in DIFFERENCES]
+    rows = paired(DIFFERENCES) + paired(worse, lr=0.2) + paired(DIFFERENCES[:3], lr=0.3) + paired(BEST, lr=0.4)
+    counted = "ConvMix's accuracy is higher in 1, lower in 1, not shown to differ in 2 of 4 settings."
+    text = report.answers(report.conditions_of(rows))
+    assert text == f"Against the last stage, {counted} Against the control, {counted}"
+    alone = [row for row in paired(DIFFERENCES) if row.scheme != "control"]
+    assert report.summary(report.conditions_of(alone)).startswith(
+        "Against the last stage, ConvMix's accuracy is higher in 1 of 1 setting.\n"
+    )
+
+
 def test_only_paired_seeds_are_compared():
     rows = [row for row in paired(DIFFERENCES) if (row.scheme, row.seed) != ("last", 3)]
     (condition,) = report.conditions_of(rows)
@@ -175,12 +187,16 @@ def test_settings_are_kept_apart():
 
 def test_the_best_variant_of_the_selection():
     rows = [
-        run(scheme, seed, 50 + gain, split="holdout")
+        run(scheme, seed, 50 + gain + seed * slope, split="holdout", lr=lr)
         for seed in range(3)
-        for scheme, gain in (("convmix", 0), ("grid", 1.5), ("gem", -0.5))
+        for scheme, gain, slope in (("convmix", 0, 0), ("grid", 1.5, 0.3), ("gem", -0.5, 0))
+        for lr in (0.1, 0.2)[: 1 + (scheme != "gem")]
     ]
     text = report.choice(report.conditions_of(rows))
-    assert text.splitlines()[2:] == ["| grid | +1.50 | 1 |", "| gem | -0.50 | 1 |"]
+    error = 0.3 / 3**0.5 / 2**0.5  # of a setting's three seeds; of two settings
+    assert text.splitlines()[2:] == [f"| grid | +1.80 ± {error:.2f} | 2 | 6 |", "| gem | -0.50 ± 0.00 | 1 | 3 |"]
+    text = report.choice(report.conditions_of([row for row in rows if row.seed == 0]))
+    assert "| grid | +1.50 | 2 | 2 |" in text
 
 
 def test_trends():
