@@ -8,6 +8,7 @@ import pytest
 import timm
 
 from timm_convmix import cli, list_weights
+from timm_convmix.cli.output import as_table
 
 
 def run(capsys, *arguments):
@@ -42,6 +43,12 @@ def test_list_as_a_table(capsys):
     assert header.split() == ["name", "weights", "source", "license"]
     assert row.split() == ["convmix_resnet18.a1_in1k", "warm", "start", "timm/resnet18.a1_in1k", "apache-2.0"]
     assert run(capsys, "list", "no_such_net")[1] == "nothing matches\n"
+
+
+def test_numbers_of_a_table():
+    values = [None, 0.0, 0.25, -0.00006, 8.2e-07, 3]
+    lines = as_table([dict(x=value) for value in values]).splitlines()
+    assert lines == ["x", "-", "0.0000", "0.2500", "-0.0001", "8.2e-07", "3"]
 
 
 def test_list_as_csv(capsys):

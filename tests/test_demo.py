@@ -23,9 +23,9 @@ from PIL import Image
 
 import timm_convmix
 from timm_convmix import cli
-from timm_convmix.demo import MAX_PIXELS, PREDICTED, open_upload
+from timm_convmix.demo import MAX_PIXELS, PREDICTED, open_upload, probabilities
 from timm_convmix.errors import InputError
-from timm_convmix.inspection import weigh_taps
+from timm_convmix.inspection import Classifier, weigh_taps
 from timm_convmix.prediction import default_model, predict
 
 gradio = pytest.importorskip("gradio", reason="Gradio is not installed")
@@ -81,6 +81,16 @@ def collect():
     """Close what Gradio leaves open where its warnings are ignored, in here."""
     yield
     gc.collect()
+
+
+def test_equal_labels_are_told_apart():
+    classifier = Classifier.load(MODEL)
+    image = Image.open(PHOTOGRAPHS[0]).convert("RGB")
+    own = probabilities(classifier, image)
+    classifier.labels[:] = ["crane"] * 9 + ["cat"]
+    shared = probabilities(classifier, image)
+    assert list(shared.values()) == list(own.values())
+    assert all(name == "cat" or name.startswith("crane (") for name in shared)
 
 
 @pytest.fixture(scope="module")

@@ -252,7 +252,7 @@ def test_check_fails_where_a_number_differs(files, capsys):
     assert report.main([*options, "--check"]) == 0
     readme, document = folder / "README.md", folder / "docs" / "evidence.md"
     assert "+0.51" in readme.read_text()
-    assert readme.read_text().startswith("before\n<!-- evidence:begin -->\n|")
+    assert readme.read_text().startswith("before\n<!-- evidence:begin -->\nAgainst the last stage")
     capsys.readouterr()
     for path in (readme, document):
         kept = path.read_text()

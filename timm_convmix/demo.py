@@ -245,9 +245,11 @@ def count_pixels(path: Path) -> float:
 
 @torch.inference_mode()
 def probabilities(classifier: Classifier, image: Image.Image) -> dict[str, float]:
-    """Of the most probable classes of an RGB image."""
-    best = classifier.net(classifier.prepare(image))[0].float().softmax(0).topk(min(TOP, len(classifier.labels)))
-    return {classifier.labels[index]: value for index, value in zip(best.indices, best.values.tolist(), strict=True)}
+    """Of the most probable classes of an RGB image; labels that several classes share carry their index."""
+    labels = classifier.labels
+    best = classifier.net(classifier.prepare(image))[0].float().softmax(0).topk(min(TOP, len(labels)))
+    names = [labels[i] if labels.count(labels[i]) == 1 else f"{labels[i]} ({i})" for i in best.indices.tolist()]
+    return dict(zip(names, best.values.tolist(), strict=True))
 
 
 def tap_rows(classifier: Classifier, image: Image.Image, wanted: int | None) -> list[list[str]]:

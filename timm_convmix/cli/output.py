@@ -13,7 +13,7 @@ Rows = Sequence[dict[str, Any]]
 
 
 def as_table(rows: Rows) -> str:
-    """Align rows of the same keys under those keys; None shows as a dash, a fraction with four decimals."""
+    """Align rows of the same keys under those keys; None shows as a dash, a fraction with four decimals, or its power."""
     if not rows:
         return "nothing matches"
     table = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
@@ -23,7 +23,7 @@ def as_table(rows: Rows) -> str:
 
 def _cell(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4f}"
+        return f"{value:.1e}" if 0 < abs(value) < 0.00005 else f"{value:.4f}"
     return "-" if value is None else str(value)
 
 
