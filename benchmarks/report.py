@@ -22,6 +22,7 @@ from itertools import groupby
 from math import sqrt
 from pathlib import Path
 from statistics import mean, stdev
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from benchmarks.timing import README, RESULTS, ROOT, markdown, read_rows_of, sho
 
 DOCUMENT = ROOT / "docs" / "evidence.md"
 FIGURES = ROOT / "docs" / "figures"
+DIFFERENCES = "differences.svg"
 LAST, CONTROL, CONVMIX = "last", "control", "convmix"
 LEVEL = 0.05
 TESTS = (LAST, CONTROL)
@@ -452,6 +454,7 @@ def saliency_table(rows: Sequence[Saliency]) -> str:
 # Texts ----------------------------------------------------------------------------------------------------------------
 
 NOTHING = "No run is recorded yet."
+FIGURE = "Differences of top-1 to the last stage and to the control: a bar a seed, their mean and its 95 % interval"
 EXPLANATION = (
     "Mean ± standard error over seeds, of the last epoch on the test images; differences are paired by seed, with their"
     " 95 % bootstrap interval (BCa). p: exact sign-flip test, corrected by Holm's method for the two tests declared"
@@ -470,7 +473,7 @@ def summary(conditions: Sequence[Condition]) -> str:
     proof = list(filter(is_proof, conditions))
     parts = []
     if table := claims(proof):
-        parts += [answers(proof), table]
+        parts += [answers(proof), table, f"![{FIGURE}](docs/figures/{DIFFERENCES})"]
         parts.append(f"{EXPLANATION} {provenance(all_runs(proof))} All schemes: [docs/evidence.md](docs/evidence.md).")
     parts.append(trends(series_of(proof)))
     return "\n\n".join(filter(None, parts)) or NOTHING
@@ -482,7 +485,8 @@ def document(conditions: Sequence[Condition], corrupted: Sequence[Robustness], b
     selection = [condition for condition in conditions if not is_proof(condition)]
     parts = ["# Evidence", "Written by `python -m benchmarks.report --write` from the CSVs in benchmarks/results."]
     if table := claims(proof):
-        parts += ["## ConvMix against the last stage and the control", answers(proof), table, EXPLANATION]
+        parts += ["## ConvMix against the last stage and the control", answers(proof), table]
+        parts += [f"![{FIGURE}](figures/{DIFFERENCES})", EXPLANATION]
     if table := trends(series_of(proof)):
         parts += ["## Does the gain grow with the problem?", table]
     if proof:
@@ -524,7 +528,7 @@ def commands(rows: Sequence[Run] | Sequence[Robustness] | Sequence[Saliency]) ->
 
 
 def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
-    """Draw the gain along each series, and accuracy against cost.
+    """Draw the differences that were tested, the gain along each series, and accuracy against cost.
 
     Returns:
         The files written: none where there is nothing to draw.
@@ -545,6 +549,24 @@ def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
         plt.close(figure)
         written.append(folder / name)
 
+    tested = [c for c in proof if c.difference(LAST, CONVMIX)]
+    if tested:
+        figure, axes = plt.subplots(figsize=(7, 1.3 + 0.7 * len(tested)))
+        for base, offset, color in ((LAST, -0.15, "tab:blue"), (CONTROL, 0.15, "tab:orange")):
+            found = [(row + offset, d) for row, c in enumerate(tested) if (d := c.difference(base, CONVMIX))]
+            for height, difference in found:
+                axes.plot(difference.values, [height] * len(difference.values), "|", color=color, alpha=0.6)
+            means = [difference.mean for _, difference in found]
+            ends = [difference.interval() or (difference.mean,) * 2 for _, difference in found]
+            spread = [[m - low for m, (low, _) in zip(means, ends, strict=True)]]
+            spread += [[high - m for m, (_, high) in zip(means, ends, strict=True)]]
+            heights = [height for height, _ in found]
+            axes.errorbar(means, heights, xerr=spread, fmt="o", capsize=3, color=color, label=f"to the {NAMES[base]}")
+        axes.axvline(0, color="grey", linewidth=0.8)
+        axes.set(xlabel="top-1 of ConvMix minus theirs, points", ylim=(len(tested) - 0.5, -0.5))
+        axes.set_yticks(range(len(tested)), [fill(title(c.settings), 30) for c in tested], fontsize="small")
+        axes.legend(fontsize="small")
+        save(figure, DIFFERENCES)
     series = series_of(proof)
     for what in dict.fromkeys(one.what for one in series):
         figure, axes = plt.subplots(figsize=(5, 3.5))

@@ -274,7 +274,7 @@ def test_plots(files):
     timing.append_rows(folder / "accuracy.csv", paired(DIFFERENCES, classes=50, images=250))
     assert report.main([*options, "--plots"]) == 0
     drawn = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
-    assert drawn.keys() == {"gain-number-of-classes.svg", "cost-noise.svg"}
+    assert drawn.keys() == {"differences.svg", "gain-number-of-classes.svg", "cost-noise.svg"}
     assert report.main([*options, "--plots"]) == 0
     assert drawn == {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
 
