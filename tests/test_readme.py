@@ -11,6 +11,7 @@ import timm
 from families import FAMILIES
 from test_training import needs_scripts, script
 
+from timm_convmix import predict
 from timm_convmix.convmix import manifest
 from timm_convmix.stems import BACKBONES
 
@@ -50,6 +51,15 @@ def test_what_the_embedded_pair_is_worth():
     own, plain = record.metrics.top1, record.baseline.metrics.top1
     stated = f"top-1 {own:.2f} % of the test images, its plain baseline {plain:.2f} %"
     assert stated in " ".join(README.split())
+
+
+def test_what_the_photographs_are_taken_for():
+    rows = predict(ROOT / "examples" / "images", topk=3)
+    stated = re.findall(r"^\| (\w+ 0\.\d\d, .+) \| (.+) \|$", README, re.MULTILINE)
+    assert len(stated) == 1
+    words = [word.split() for cell in stated[0] for word in cell.split(", ")]
+    assert [label for label, _ in words] == [row["label"] for row in rows]
+    assert [float(value) for _, value in words] == pytest.approx([row["probability"] for row in rows], abs=0.01)
 
 
 def test_ci_installs_and_tests_as_the_readme_says():
