@@ -11,8 +11,9 @@ families = pytest.mark.parametrize("family", FAMILIES)
 
 def images(model, batch=2):
     """Small ones, where the architecture takes any size: what is compared does not depend on it."""
-    channels, *size = model.pretrained_cfg["input_size"]
-    if not model.pretrained_cfg.get("fixed_input_size"):
+    config = model.pretrained_cfg
+    channels, *size = config["input_size"]
+    if not (config.get("fixed_input_size") or config.get("min_input_size")):
         size = [min(side, 128) for side in size]
     return torch.randn(batch, channels, *size)
 
