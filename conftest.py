@@ -28,6 +28,10 @@ torch.set_num_threads(1)
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_HUB_CACHE"], ignore_errors=True)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     random_seed(0)
