@@ -9,6 +9,7 @@ Grad-CAM by construction: a larger area or recall there says nothing unless the 
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -155,9 +156,10 @@ def rank_correlations(maps: Tensor, others: Tensor) -> Tensor:
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Mean of (N,) without its NaNs, and the standard error."""
+    """Mean of (N,) without its NaNs, and the standard error; NaN where too few are left."""
     known = values[~values.isnan()].double()
-    return round(float(known.mean()), 6), round(float(known.std() / len(known) ** 0.5), 6)
+    error = float(known.std()) / len(known) ** 0.5 if len(known) > 1 else math.nan
+    return round(float(known.mean()), 6), round(error, 6)
 
 
 # Maps -----------------------------------------------------------------------------------------------------------------
@@ -252,7 +254,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("models", type=Path, nargs="+", help="files of benchmarks.accuracy --save, of one data set")
     parser.add_argument("--data", type=Path, required=True, help="holds validation/CLASS/*")
     parser.add_argument("--boxes", type=Path, required=True, help="val_annotations.txt")
-    parser.add_argument("--images", type=int, default=2000, help="how many, stratified")
+    parser.add_argument("--images", type=int, default=2000, help="of the models' classes, stratified")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, on the CPU")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of saliency.csv")
@@ -266,9 +268,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     try:
+        models = [load_model(file, args.device) for file in args.models]
+        classes = {saved.settings.classes for saved in models}
+        if len(classes) > 1:
+            raise ValueError("The models know different numbers of classes: give those of one.")
         whole = load_split(args.data, "validation")
         names = read_names(args.data, "validation")
-        chosen = stratified_order(whole.labels, SUBSET_SEED)[: args.images]
+        known = (whole.labels < classes.pop()).nonzero()[:, 0]
+        chosen = known[stratified_order(whole.labels[known], SUBSET_SEED)[: args.images]]
         boxes = read_boxes(args.boxes, [names[index] for index in chosen.tolist()])
     except (ValueError, OSError, PackingError) as error:
         parser.error(str(error))
@@ -279,8 +286,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     record["scored"] = digest_of(whole)[:16]
     path = args.results / "saliency.csv"
     done = {(row.scored, row.weights, row.count) for row in read_rows_of(Saliency, path)}
-    for file in tqdm(args.models, unit="model"):
-        saved = load_model(file, args.device)
+    for saved in tqdm(models, unit="model"):
         if (record["scored"], saved.sha256, len(images)) not in done:
             append_rows(path, measure(saved, images, boxes, cams=package_cams, device=args.device, record=record))
     return 0

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import accuracy, cost, images, robustness, schemes, timing
+from benchmarks import accuracy, cost, images, robustness, saliency, schemes, timing
 from benchmarks.accuracy import Run
 from benchmarks.images import Epoch, Images
 from timm_convmix import MIXERS, ConvMixNet, MixerError
@@ -616,6 +616,28 @@ def test_robustness_rows(command, data, tmp_path):
     assert robustness.main([*files, *options]) == 0
     assert (tmp_path / "robustness.csv").read_text() == lines
     assert str(tmp_path) not in lines
+
+
+def test_saliency_rows(command, data, tmp_path, capsys):
+    command("--save", str(tmp_path / "models"), "--classes", "5")
+    files = sorted(map(str, (tmp_path / "models").iterdir()))
+    boxes = tmp_path / "boxes.txt"
+    boxes.write_text("".join(f"x\t{label}\t8\t8\t23\t23\n" for label in range(5)))  # none of the other classes
+    options = ["--data", str(data), "--boxes", str(boxes), "--results", str(tmp_path), "--threads", "1"]
+    assert saliency.main([*files, *options, "--images", "20"]) == 0
+    rows = timing.read_rows_of(saliency.Saliency, tmp_path / "saliency.csv")
+    assert {(row.scheme, row.classes, row.count, row.chance) for row in rows} == {
+        ("convmix", 5, 20, 0.25),
+        ("last", 5, 20, 0.25),
+    }
+    lines = (tmp_path / "saliency.csv").read_text()
+    assert saliency.main([*files, *options, "--images", "20"]) == 0
+    assert (tmp_path / "saliency.csv").read_text() == lines
+    assert str(tmp_path) not in lines
+    command("--save", str(tmp_path / "others"), "--classes", "4")
+    with pytest.raises(SystemExit):
+        saliency.main([*files, *map(str, (tmp_path / "others").iterdir()), *options])
+    assert "different numbers of classes" in capsys.readouterr().err
 
 
 def test_options_are_what_a_row_records():
