@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shlex
 
 import pytest
 import safetensors
@@ -638,6 +639,20 @@ def test_saliency_rows(command, data, tmp_path, capsys):
     with pytest.raises(SystemExit):
         saliency.main([*files, *map(str, (tmp_path / "others").iterdir()), *options])
     assert "different numbers of classes" in capsys.readouterr().err
+
+
+def test_the_commands_of_the_docs_are_accepted():
+    text = (timing.ROOT / "docs" / "experiments.md").read_text().replace("\\\n", " ")
+    for variable, value in {"$n": "10", "$f": "0.1", "$s": "128", "$d": "cifar10", "${d^^}": "CIFAR10"}.items():
+        text = text.replace(variable, value)
+    found = re.findall(r"(?:\bR|benchmarks\.accuracy) (--data [^;\n`]*)", text)
+    assert len(found) >= 15
+    for command in found:
+        args = accuracy.build_parser().parse_args(shlex.split(command))
+        args.schemes = schemes.ALL if args.schemes == ["all"] else args.schemes
+        accuracy.check_options(args)
+        for arch in args.arch:
+            assert timm.is_model(f"convmix_{arch}")
 
 
 def test_options_are_what_a_row_records():
