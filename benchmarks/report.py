@@ -451,6 +451,30 @@ def saliency_table(rows: Sequence[Saliency]) -> str:
     return markdown(header, lines) if lines else ""
 
 
+def view(rows: Sequence[Saliency]) -> str:
+    """Whether ConvMix's maps are wider and rest more on the object than the last stage's, in words."""
+    groups: dict[tuple[Settings, str], dict[str, dict[int, Saliency]]] = {}
+    for row in rows:
+        groups.setdefault((shared_settings(row), row.layer), {}).setdefault(row.scheme, {})[row.seed] = row
+    signs: dict[str, list[int]] = {"energy": [], "area": []}
+    for by_scheme in groups.values():
+        base, own = by_scheme.get(LAST, {}), by_scheme.get(CONVMIX, {})
+        seeds = sorted(base.keys() & own.keys())
+        for name, found in signs.items():
+            difference = Difference(tuple(getattr(own[seed], name) - getattr(base[seed], name) for seed in seeds))
+            low, high = (difference.interval() if seeds else None) or (0, 0)
+            found.append((low > 0) - (high < 0))
+    energy, area = signs["energy"], signs["area"]
+    wider = sum(e > 0 and a > 0 for e, a in zip(energy, area, strict=True))
+    return (
+        f"Grad-CAM of ConvMix against the last stage's, at {len(energy)} layers (by the 95 % interval of the paired"
+        f" difference): more of the energy falls into the object's box at {energy.count(1)}, less at"
+        f" {energy.count(-1)}; the map is wider at {area.count(1)}, narrower at {area.count(-1)}. A wider view counts"
+        f" only where the energy in the box rises too: at {wider}."
+        f"{'' if wider else ' These runs do not show the wider view that the paper reports.'}"
+    )
+
+
 # Texts ----------------------------------------------------------------------------------------------------------------
 
 NOTHING = "No run is recorded yet."
@@ -468,7 +492,7 @@ def is_proof(condition: Condition) -> bool:
     return condition.settings.split == "test"
 
 
-def summary(conditions: Sequence[Condition]) -> str:
+def summary(conditions: Sequence[Condition], boxes: Sequence[Saliency] = ()) -> str:
     """The README's part."""
     proof = list(filter(is_proof, conditions))
     parts = []
@@ -476,6 +500,8 @@ def summary(conditions: Sequence[Condition]) -> str:
         parts += [answers(proof), table, f"![{FIGURE}](docs/figures/{DIFFERENCES})"]
         parts.append(f"{EXPLANATION} {provenance(all_runs(proof))} All schemes: [docs/evidence.md](docs/evidence.md).")
     parts.append(trends(series_of(proof)))
+    if boxes:
+        parts.append(view(boxes))
     return "\n\n".join(filter(None, parts)) or NOTHING
 
 
@@ -503,7 +529,7 @@ def document(conditions: Sequence[Condition], corrupted: Sequence[Robustness], b
     if corrupted:
         parts += ["## Corrupted images", robustness_table(corrupted), commands(corrupted)]
     if boxes:
-        parts += ["## Where it looks", saliency_table(boxes), commands(boxes)]
+        parts += ["## Where it looks", view(boxes), saliency_table(boxes), commands(boxes)]
     if len(parts) == 2:
         parts.append(NOTHING)
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -628,7 +654,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = document(conditions, corrupted, boxes)
     status = show_tables(
         "evidence",
-        summary(conditions),
+        summary(conditions, boxes),
         readme=args.readme,
         write=args.write,
         check=args.check,

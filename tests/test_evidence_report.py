@@ -372,15 +372,33 @@ def test_rows_of_a_model(scheme, tmp_path):
     assert (row.energy, row.pointing, row.area, row.recall, row.randomised) == (1, 1, 0.5, 1, 1)
 
 
-def test_saliency_is_paired_by_seed():
-    def row(scheme, seed, energy):
-        shares = {name: 0.5 for measure in saliency.MEASURES for name in (measure, f"{measure}_se")}
-        labels = dict(scored="ab", weights="x", layer="mixer", count=1000, empty=0, chance=0.3, randomised=0.0)
-        labels |= dict(device="CPU", torch="2", timm="1", python="3", date="2026-01-01", argv="x")
-        return Saliency(**settings_of(run(scheme, seed, 60.0)), **shares | dict(energy=energy), **labels)
+def seen(scheme, seed, layer="mixer", **shares):
+    """A row of saliency.csv that nobody measured."""
+    shares = {name: 0.5 for measure in saliency.MEASURES for name in (measure, f"{measure}_se")} | shares
+    labels = dict(scored="ab", weights="x", layer=layer, count=1000, empty=0, chance=0.3, randomised=0.0)
+    labels |= dict(device="CPU", torch="2", timm="1", python="3", date="2026-01-01", argv="x")
+    return Saliency(**settings_of(run(scheme, seed, 60.0)), **shares, **labels)
 
-    rows = [row("last", seed, 0.4 + seed / 100) for seed in range(3)]
-    rows += [row("convmix", seed, 0.42 + seed / 100) for seed in range(3)]
+
+def test_saliency_is_paired_by_seed():
+    rows = [seen("last", seed, energy=0.4 + seed / 100) for seed in range(3)]
+    rows += [seen("convmix", seed, energy=0.42 + seed / 100) for seed in range(3)]
     lines = report.saliency_table(rows).splitlines()[2:]
     assert lines[0].endswith(" 3 epochs: mixer | last | 3 | 1000 | 41.0 | 50.0 | 50.0 | 50.0 | 30.0 |")
     assert "| 43.0, +2.00 (+2.00 to +2.00) | 50.0, +0.00 (+0.00 to +0.00) |" in lines[1]
+
+
+def test_the_view_in_words():
+    rows = []
+    for layer, energy, area in (("a", 0.1, 0.1), ("b", -0.1, 0.1), ("c", 0.0, -0.1), ("d", 0.1, 0.0)):
+        for seed in range(4):
+            noise = seed / 100 - 0.015
+            rows.append(seen("last", seed, layer, energy=0.4, area=0.3))
+            rows.append(seen("convmix", seed, layer, energy=0.4 + energy + noise, area=0.3 + area - noise))
+    text = report.view(rows)
+    assert "at 4 layers" in text
+    assert "the object's box at 2, less at 1; the map is wider at 2, narrower at 1." in text
+    assert text.endswith("only where the energy in the box rises too: at 1.")
+    assert text in report.summary([], rows)
+    narrower = report.view([row for row in rows if row.layer != "a"])
+    assert narrower.endswith("at 0. These runs do not show the wider view that the paper reports.")
