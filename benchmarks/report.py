@@ -591,7 +591,7 @@ def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
         axes.axvline(0, color="grey", linewidth=0.8)
         axes.set(xlabel="top-1 of ConvMix minus theirs, points", ylim=(len(tested) - 0.5, -0.5))
         axes.set_yticks(range(len(tested)), [fill(title(c.settings), 30) for c in tested], fontsize="small")
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", ncols=2, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
         save(figure, DIFFERENCES)
     series = series_of(proof)
     for what in dict.fromkeys(one.what for one in series):
@@ -607,6 +607,8 @@ def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
         axes.legend(fontsize="small")
         save(figure, f"gain-{what.replace(' ', '-')}.svg")
     for dataset in dict.fromkeys(condition.settings.dataset for condition in proof):
+        if len({c.params for c in proof if c.settings.dataset == dataset}) < 2:
+            continue  # one backbone is a table's line
         figure, axes = plt.subplots(figsize=(5, 3.5))
         for scheme in (LAST, CONTROL, CONVMIX):
             chosen = [c for c in proof if c.settings.dataset == dataset and scheme in c.runs]

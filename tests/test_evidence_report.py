@@ -273,8 +273,12 @@ def test_plots(files):
     folder, options = files
     timing.append_rows(folder / "accuracy.csv", paired(DIFFERENCES, classes=50, images=250))
     assert report.main([*options, "--plots"]) == 0
+    assert {path.name for path in (folder / "figures").iterdir()} == {"differences.svg", "gain-number-of-classes.svg"}
+    timing.append_rows(folder / "accuracy.csv", paired(DIFFERENCES, arch="resnet34_cifar", params=2000))
+    assert report.main([*options, "--plots"]) == 0
     drawn = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
-    assert drawn.keys() == {"differences.svg", "gain-number-of-classes.svg", "cost-noise.svg"}
+    series = {"gain-number-of-classes.svg", "gain-parameters-of-a-ResNet.svg"}
+    assert drawn.keys() == {"differences.svg", "cost-noise.svg"} | series
     assert report.main([*options, "--plots"]) == 0
     assert drawn == {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
 
