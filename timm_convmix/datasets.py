@@ -395,11 +395,12 @@ def download(dataset: Dataset, folder: Path, quiet: bool) -> Files:
         DatasetError: A host cannot be reached, or does not send the official file.
     """
     remedy = "Fetch it elsewhere and pass it with --from."
-    bars = sys.stderr if sys.stderr.isatty() and not quiet else io.StringIO()  # torchvision's own have no switch
+    # torchvision's bars have no switch, and older releases say on stdout what they fetch
+    bars = sys.stderr if sys.stderr.isatty() and not quiet else io.StringIO()
     for file in dataset.files:
         host = urlsplit(file.url).hostname
         try:
-            with contextlib.redirect_stderr(bars), network_patience(PATIENCE):
+            with contextlib.redirect_stdout(bars), contextlib.redirect_stderr(bars), network_patience(PATIENCE):
                 download_url(file.url, folder, file.name, file.md5)
         except RuntimeError as error:  # torchvision's word for another md5
             raise DatasetError(
