@@ -20,6 +20,7 @@ from threading import Thread
 
 import numpy as np
 import pytest
+from huggingface_hub.utils import enable_progress_bars
 from PIL import Image
 from scipy.io import savemat
 from timm.data import create_dataset
@@ -571,6 +572,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("quiet", [False, True])
 def test_progress_is_shown_unless_it_is_to_be_quiet(cifar10, quiet, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("timm_convmix.cli.disable_progress_bars", lambda: None)  # for every test that follows
+    enable_progress_bars()  # whatever a test before did
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     with serve(cifar10.served) as (url, _):

@@ -268,7 +268,8 @@ def test_onnx_export(timm_script, trained, tmp_path):
 def test_avg_checkpoints(timm_script, trained, tmp_path):
     options = ["--filter", "checkpoint-*", "--output", "mean.safetensors", "--safetensors"]
     timm_script("avg_checkpoints.py", "--input", trained.folder, *options)
-    both = [torch.load(trained.folder / f"checkpoint-{epoch}.pth.tar")["state_dict"] for epoch in (0, 1)]
+    files = [trained.folder / f"checkpoint-{epoch}.pth.tar" for epoch in (0, 1)]
+    both = [torch.load(file, weights_only=False)["state_dict"] for file in files]
     mean = load_file(tmp_path / "mean.safetensors")
     assert mean.keys() == both[0].keys()
     assert all(torch.allclose(mean[name], (both[0][name] + both[1][name]) / 2, atol=1e-6) for name in mean)

@@ -196,7 +196,7 @@ def one_step_worker(rank, world, store, start, x, y):
     join(rank, world, store)
     model = train_py_model()
     if rank == 0:
-        model.load_state_dict(torch.load(start))
+        model.load_state_dict(torch.load(start, weights_only=True))
     torch.save(one_step(DistributedDataParallel(model), x.chunk(world)[rank], y.chunk(world)[rank]), f"{store}-{rank}")
     dist.destroy_process_group()
 
@@ -210,12 +210,12 @@ def test_two_processes_step_as_one_with_the_doubled_batch(digits, tmp_path):
     multiprocessing.spawn(one_step_worker, (2, str(store), str(start), x, y), nprocs=2)
 
     def alone(*batch):
-        model.load_state_dict(torch.load(start))
+        model.load_state_dict(torch.load(start, weights_only=True))
         return one_step(model, *batch)
 
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
     whole, half = alone(x, y), alone(x[:100], y[:100])
-    both = [torch.load(f"{store}-{rank}") for rank in (0, 1)]
+    both = [torch.load(f"{store}-{rank}", weights_only=True) for rank in (0, 1)]
     assert torch.equal(*both)
     assert (both[0] - whole).abs().max() < 1e-6
     assert min((whole - before).abs().max(), (whole - half).abs().max()) > 1e-3
