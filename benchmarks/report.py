@@ -335,10 +335,10 @@ def choice(conditions: Sequence[Condition]) -> str:
                 found.setdefault(scheme, []).append(difference)
     lines = []
     for scheme, differences in sorted(found.items(), key=lambda item: -mean(d.mean for d in item[1])):
-        errors = [standard_error(difference.values) for difference in differences]
-        text = f"{mean(difference.mean for difference in differences):+.2f}"
-        if None not in errors:
-            text += f" ± {sqrt(sum(error**2 for error in errors if error is not None)) / len(errors):.2f}"
+        errors = [error for d in differences if (error := standard_error(d.values)) is not None]
+        text = f"{mean(d.mean for d in differences):+.2f}"
+        if len(errors) == len(differences):
+            text += f" ± {sqrt(sum(error**2 for error in errors)) / len(errors):.2f}"
         lines.append([scheme, text, str(len(differences)), str(sum(len(d.values) for d in differences))])
     return markdown(["", "top-1 to ConvMix, points", "settings", "pairs of runs"], lines) if lines else ""
 
@@ -426,13 +426,18 @@ def robustness_table(rows: Sequence[Robustness]) -> str:
     return markdown(["", "scheme", "seeds", "top-1, %", "to last stage, points"], lines) if lines else ""
 
 
-def saliency_table(rows: Sequence[Saliency]) -> str:
-    """The box measures of each layer, the mean over seeds, and the paired difference to the last stage."""
+def by_layer(rows: Sequence[Saliency]) -> dict[tuple[Settings, str], dict[str, dict[int, Saliency]]]:
+    """Setting and layer -> scheme -> seed -> row."""
     groups: dict[tuple[Settings, str], dict[str, dict[int, Saliency]]] = {}
     for row in rows:
         groups.setdefault((shared_settings(row), row.layer), {}).setdefault(row.scheme, {})[row.seed] = row
+    return groups
+
+
+def saliency_table(rows: Sequence[Saliency]) -> str:
+    """The box measures of each layer, the mean over seeds, and the paired difference to the last stage."""
     lines = []
-    for (settings, layer), by_scheme in groups.items():
+    for (settings, layer), by_scheme in by_layer(rows).items():
         base = by_scheme.get(LAST, {})
         for scheme, by_seed in by_scheme.items():
             cells = [
@@ -453,11 +458,8 @@ def saliency_table(rows: Sequence[Saliency]) -> str:
 
 def view(rows: Sequence[Saliency]) -> str:
     """Whether ConvMix's maps are wider and rest more on the object than the last stage's, in words."""
-    groups: dict[tuple[Settings, str], dict[str, dict[int, Saliency]]] = {}
-    for row in rows:
-        groups.setdefault((shared_settings(row), row.layer), {}).setdefault(row.scheme, {})[row.seed] = row
     signs: dict[str, list[int]] = {"energy": [], "area": []}
-    for by_scheme in groups.values():
+    for by_scheme in by_layer(rows).values():
         base, own = by_scheme.get(LAST, {}), by_scheme.get(CONVMIX, {})
         seeds = sorted(base.keys() & own.keys())
         for name, found in signs.items():

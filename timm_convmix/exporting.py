@@ -298,7 +298,9 @@ def write(net: nn.Module, input_size: tuple[int, int, int], facts: Mapping[str, 
                 torch.export.save(program, file, extra_files=texts(facts))
     except Exception as error:  # what the tracer meets in a model comes in many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ExportError(f"{name} cannot be exported ({reason}).") from error
+        raise ExportError(
+            f"{name} cannot be exported by torch {torch.__version__} ({reason}). A newer torch may be able to."
+        ) from error
 
 
 def write_onnx(program: torch.export.ExportedProgram, facts: Mapping[str, Any], file: Path) -> None:

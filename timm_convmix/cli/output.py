@@ -13,7 +13,7 @@ Rows = Sequence[dict[str, Any]]
 
 
 def as_table(rows: Rows) -> str:
-    """Align rows of the same keys under those keys; None is a dash, a fraction has four decimals or its power."""
+    """Align rows of the same keys under those keys; None is a dash, fractions have four decimals, tiny ones a power."""
     if not rows:
         return "nothing matches"
     table = [list(rows[0])] + [[_cell(value) for value in row.values()] for row in rows]
