@@ -7,7 +7,7 @@
     python -m benchmarks.cost scaling               resolution and depth
     python -m benchmarks.cost schemes               every scheme of benchmarks.schemes on a small backbone
     python -m benchmarks.cost census                parameters and MACs of every registered architecture, in minutes
-    python -m benchmarks.cost table --write         the README's tables, from what these wrote to benchmarks/results
+    python -m benchmarks.cost table --write         the tables of README and docs/cost.md, from benchmarks/results
 
 ``--check`` exits 1 where a bar fails. On a machine that does other work too, ``--threads 1 --clock process`` counts
 only the time that the processor gave to this process; ``--keep-heap`` starts over with an allocator that hands nothing
@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import schemes
 from benchmarks.timing import (
     CLOCKS,
+    COST,
     README,
     RESULTS,
     Figures,
@@ -66,6 +67,9 @@ NEXT_LARGER = {
 SCALING = [("resnet18", size) for size in (64, 128, 224, 288)] + [
     (arch, 224) for arch in ("resnet34", "resnet50", "resnet101")
 ]
+
+STEADY = "eager, heap kept"
+"""The mode that page faults do not disturb."""
 
 BARS = {  # highest ratio at 224 px: of LARGE, of MOBILE
     "macs": (1.005, 1.005),
@@ -351,8 +355,18 @@ def take_census(pattern: str, args: argparse.Namespace, command: Sequence[str]) 
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
-def render(rows: Sequence[Row], census: Sequence[Row]) -> str:
-    """Every table, as Markdown."""
+def render(rows: Sequence[Row], census: Sequence[Row], *, brief: bool = False) -> str:
+    """The tables, as Markdown.
+
+    Args:
+        rows: Of cost.csv.
+        census: Of census.csv.
+        brief: Only the twins that ``measure`` timed as torch comes, in the steadiest way there is, and the census.
+    """
+    if brief:
+        measured = [row for row in rows if row.part == "measure"]
+        steady = {(row.device, row.input) for row in measured if row.mode == STEADY}
+        rows = [row for row in measured if row.mode == (STEADY if (row.device, row.input) in steady else "eager")]
     blocks: list[tuple[str, str, Sequence[Row]]] = []
     for device in dict.fromkeys(row.device for row in rows):
         here = [row for row in rows if row.device == device]
@@ -442,9 +456,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=10.0, help="about how long each ratio of times is measured")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of cost.csv and census.csv")
-    parser.add_argument("--readme", type=Path, default=README, help="of table: the file with the markers")
-    parser.add_argument("--write", action="store_true", help="of table: into the README")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bar fails or the README's table differs")
+    parser.add_argument("--readme", type=Path, default=README, help="of table: the file that gets the short form")
+    parser.add_argument("--page", type=Path, default=COST, help="of table: the file that gets all of it")
+    parser.add_argument("--write", action="store_true", help="of table: between the markers of both files")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a bar fails or a file's table differs")
     return parser
 
 
@@ -457,8 +472,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--clock process measures one thread of the CPU: add --threads 1.")
     cost, census = args.results / "cost.csv", args.results / "census.csv"
     if args.what == "table":
-        text = render(read_rows(cost), read_rows(census))
-        return show_tables("cost", text, readme=args.readme, write=args.write, check=args.check)
+        measured = read_rows(cost), read_rows(census)
+        texts = [(args.readme, render(*measured, brief=True)), (args.page, render(*measured))]
+        return show_tables(texts, name="cost", write=args.write, check=args.check)
 
     if args.keep_heap and not KEEP_HEAP.items() <= os.environ.items():  # read once, when a process starts
         command = [sys.executable, "-m", "benchmarks.cost", *argv]

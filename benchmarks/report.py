@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import sha256
 from itertools import groupby
 from math import sqrt
 from pathlib import Path
@@ -555,6 +556,22 @@ def commands(rows: Sequence[Run] | Sequence[Robustness] | Sequence[Saliency]) ->
 # Plots ----------------------------------------------------------------------------------------------------------------
 
 
+def fingerprint(conditions: Sequence[Condition]) -> str:
+    """Of the scores that the figures show; each figure carries it."""
+    shown = sorted((*run.key, run.top1, run.macs) for run in all_runs(conditions))
+    return f"runs {sha256(repr(shown).encode()).hexdigest()}"
+
+
+def stale_figures(conditions: Sequence[Condition], folder: Path) -> list[str]:
+    """Names of the figures that were drawn from other runs, or are linked and not there."""
+    proof = list(filter(is_proof, conditions))
+    current = fingerprint(proof)
+    there = {path.name: current in path.read_text() for path in folder.glob("*.svg")}
+    if claims(proof):
+        there.setdefault(DIFFERENCES, False)
+    return sorted(name for name, same in there.items() if not same)
+
+
 def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
     """Draw the differences that were tested, the gain along each series, and accuracy against cost.
 
@@ -570,10 +587,11 @@ def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
     proof = list(filter(is_proof, conditions))
     folder.mkdir(parents=True, exist_ok=True)
     written = []
+    facts = {"Date": None, "Description": fingerprint(proof)}
 
     def save(figure: Any, name: str) -> None:
         figure.tight_layout()
-        figure.savefig(folder / name, metadata={"Date": None})
+        figure.savefig(folder / name, metadata=facts)
         plt.close(figure)
         written.append(folder / name)
 
@@ -632,7 +650,7 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="into the README and the document")
-    parser.add_argument("--check", action="store_true", help="exit 1 where either differs from the CSVs")
+    parser.add_argument("--check", action="store_true", help="exit 1 where these or the figures differ from the CSVs")
     parser.add_argument("--plots", action="store_true", help="draw the figures")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the CSVs")
     parser.add_argument("--readme", type=Path, default=README, help="the file with the markers evidence:begin and :end")
@@ -657,9 +675,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     text = document(conditions, corrupted, boxes)
     status = show_tables(
-        "evidence",
-        summary(conditions, boxes),
-        readme=args.readme,
+        [(args.readme, summary(conditions, boxes))],
+        name="evidence",
         write=args.write,
         check=args.check,
         command="benchmarks.report --write",
@@ -669,6 +686,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.document.write_text(text)
     if args.check and (not args.document.is_file() or args.document.read_text() != text):
         print(f"{args.document.name} differs: python -m benchmarks.report --write")
+        return 1
+    if args.check and (stale := stale_figures(conditions, args.figures)):
+        print(f"{', '.join(stale)} shows other runs: python -m benchmarks.report --plots")
         return 1
     if not args.write and not args.check:
         print(f"\n{text}")

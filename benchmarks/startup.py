@@ -1,7 +1,7 @@
 """What importing timm_convmix costs beside timm, and creating a twin beside its plain backbone.
 
     python -m benchmarks.startup                    imports, each in a fresh process; then models, in turn
-    python -m benchmarks.startup table --write      the README's table, from what this wrote to benchmarks/results
+    python -m benchmarks.startup table --write      the table of docs/cost.md, from benchmarks/results
 
 ``--check`` exits 1 where a model takes longer than its bar. ``--clock process`` counts only the time that the processor
 gave to the process, for a machine that does other work too.
@@ -23,7 +23,7 @@ from huggingface_hub.utils.tqdm import tqdm
 import timm_convmix  # noqa: F401  (registers the variants)
 from benchmarks.timing import (
     CLOCKS,
-    README,
+    COST,
     RESULTS,
     Figures,
     Row,
@@ -131,9 +131,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=10.0, help="about how long each creation is measured")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of startup.csv")
-    parser.add_argument("--readme", type=Path, default=README, help="of table: the file with the markers")
-    parser.add_argument("--write", action="store_true", help="of table: into the README")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a bar fails or the README's table differs")
+    parser.add_argument("--page", type=Path, default=COST, help="of table: the file with the markers")
+    parser.add_argument("--write", action="store_true", help="of table: between the markers")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a bar fails or the file's table differs")
     return parser
 
 
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.results / "startup.csv"
     if args.what == "table":
         text = render(read_rows(path))
-        return show_tables("startup", text, readme=args.readme, write=args.write, check=args.check)
+        return show_tables([(args.page, text)], name="startup", write=args.write, check=args.check)
 
     torch.set_num_threads(args.threads)
     failed = False

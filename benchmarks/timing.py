@@ -21,6 +21,7 @@ from torch.utils import benchmark
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 README = ROOT / "README.md"
+COST = ROOT / "docs" / "cost.md"
 
 CLOCKS: dict[str, Callable[[], float]] = {"wall": benchmark.timer, "process": time.process_time}
 """Seconds: of the wall, the accelerator synchronised; or of this process alone, for one thread on a busy machine."""
@@ -312,14 +313,15 @@ def update_between(path: Path, name: str, text: str, *, write: bool) -> bool:
     return new == content
 
 
-def show_tables(name: str, text: str, *, readme: Path, write: bool, check: bool, command: str | None = None) -> int:
-    """What every command's ``table`` does: print, or write into the README, or compare with it.
+def show_tables(
+    texts: Sequence[tuple[Path, str]], *, name: str, write: bool, check: bool, command: str | None = None
+) -> int:
+    """What every command's ``table`` does: print the last text, or write all into their files, or compare with them.
 
     Args:
+        texts: File and Markdown; a file has a pair of markers.
         name: Of the markers, and of the module in ``benchmarks``.
-        text: Markdown.
-        readme: The file with the markers.
-        write: Replace what stands between them.
+        write: Replace what stands between the markers.
         check: Compare with it.
         command: What writes it, where that is not ``benchmarks.<name> table --write``.
 
@@ -327,9 +329,11 @@ def show_tables(name: str, text: str, *, readme: Path, write: bool, check: bool,
         The exit status: 1 where ``check`` finds a difference.
     """
     if not write and not check:
-        print(text)
+        print(texts[-1][1])
         return 0
-    same = update_between(readme, name, text, write=write)
-    if check and not same:
-        print(f"{readme.name} differs: python -m {command or f'benchmarks.{name} table --write'}")
-    return int(check and not same)
+    differing = [path for path, text in texts if not update_between(path, name, text, write=write)]
+    if not check:
+        return 0
+    for path in differing:
+        print(f"{path.name} differs: python -m {command or f'benchmarks.{name} table --write'}")
+    return int(bool(differing))

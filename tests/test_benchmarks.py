@@ -206,25 +206,35 @@ def test_tables():
 
 
 @pytest.mark.parametrize(("name", "command"), [("cost", cost), ("startup", startup)])
-def test_the_readme_is_written_and_compared(name, command, tmp_path, capsys):
-    timing.append_rows(tmp_path / f"{name}.csv", [row(metric="create_ms" if name == "startup" else "inference_ms")])
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n<!-- {name}:begin -->\nold\n<!-- {name}:end -->\nafter\n")
-    arguments = ["table", "--results", str(tmp_path), "--readme", str(readme)]
+def test_the_tables_are_written_and_compared(name, command, tmp_path, capsys):
+    rows = [
+        row(metric="create_ms" if name == "startup" else "inference_ms", mode=mode) for mode in ("eager", "compiled")
+    ]
+    timing.append_rows(tmp_path / f"{name}.csv", rows)
+    page, readme = tmp_path / "cost.md", tmp_path / "README.md"
+    for path in (page, readme):
+        path.write_text(f"before\n<!-- {name}:begin -->\nold\n<!-- {name}:end -->\nafter\n")
+    arguments = ["table", "--results", str(tmp_path), "--page", str(page)]
+    if name == "cost":
+        arguments += ["--readme", str(readme)]
     assert command.main([*arguments, "--check"]) == 1
-    assert "README.md differs" in capsys.readouterr().out
+    assert "cost.md differs" in capsys.readouterr().out
     assert command.main([*arguments, "--write"]) == 0
     assert command.main([*arguments, "--check"]) == 0
     assert command.main(arguments) == 0
     table = capsys.readouterr().out
-    assert readme.read_text() == f"before\n<!-- {name}:begin -->\n{table}<!-- {name}:end -->\nafter\n"
-    readme.write_text("nothing")
-    with pytest.raises(ValueError, match=rf"README.md needs one line <!-- {name}:begin --> and one"):
+    assert page.read_text() == f"before\n<!-- {name}:begin -->\n{table}<!-- {name}:end -->\nafter\n"
+    if name == "cost":
+        assert "compiled" in table
+        assert "eager" in readme.read_text()
+        assert "compiled" not in readme.read_text()
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match=rf"cost.md needs one line <!-- {name}:begin --> and one"):
         command.main([*arguments, "--check"])
 
 
 @pytest.mark.parametrize("command", [cost, startup])
-def test_the_repository_s_readme_is_what_the_command_prints(command):
+def test_the_repository_s_tables_are_what_the_commands_print(command):
     assert command.main(["table", "--check"]) == 0
 
 

@@ -246,9 +246,14 @@ def files(tmp_path):
 
 
 def test_check_fails_where_a_number_differs(files, capsys):
+    pytest.importorskip("matplotlib")
     folder, options = files
     assert report.main([*options, "--check"]) == 1
     assert report.main([*options, "--write"]) == 0
+    capsys.readouterr()
+    assert report.main([*options, "--check"]) == 1
+    assert capsys.readouterr().out == "differences.svg shows other runs: python -m benchmarks.report --plots\n"
+    assert report.main([*options, "--plots"]) == 0
     assert report.main([*options, "--check"]) == 0
     readme, document = folder / "README.md", folder / "docs" / "evidence.md"
     assert "+0.51" in readme.read_text()
@@ -262,6 +267,8 @@ def test_check_fails_where_a_number_differs(files, capsys):
         path.write_text(kept)
     timing.append_rows(folder / "accuracy.csv", [run("last", 3, 61.0)])  # a number in the CSV
     assert report.main([*options, "--check"]) == 1
+    assert report.main([*options, "--write"]) == 0
+    assert report.main([*options, "--check"]) == 1  # the figure
 
 
 def test_the_repository_s_report_is_current():
