@@ -93,6 +93,7 @@ def readme_weights(hub_cache, save_plain):
 def know_what_is_missing(namespace):
     """For snippets that say `<!-- skip: next if(missing("fastai"), reason="...") -->`."""
     namespace["missing"] = lambda package: importlib.util.find_spec(package) is None
+    namespace["torch_before"] = lambda version: torch.__version__ < version
 
 
 pytest_collect_file = Sybil(

@@ -572,6 +572,48 @@ def stale_figures(conditions: Sequence[Condition], folder: Path) -> list[str]:
     return sorted(name for name, same in there.items() if not same)
 
 
+def draw_differences(axes: Any, tested: Sequence[Condition]) -> None:
+    """A line a setting, a tick a seed, and the mean with its interval: to the last stage and to the control."""
+    for base, offset, color in ((LAST, -0.15, "tab:blue"), (CONTROL, 0.15, "tab:orange")):
+        found = [(row + offset, d) for row, c in enumerate(tested) if (d := c.difference(base, CONVMIX))]
+        for height, difference in found:
+            axes.plot(difference.values, [height] * len(difference.values), "|", color=color, alpha=0.6)
+        means = [difference.mean for _, difference in found]
+        ends = [difference.interval() or (difference.mean,) * 2 for _, difference in found]
+        spread = [[m - low for m, (low, _) in zip(means, ends, strict=True)]]
+        spread += [[high - m for m, (_, high) in zip(means, ends, strict=True)]]
+        heights = [height for height, _ in found]
+        axes.errorbar(means, heights, xerr=spread, fmt="o", capsize=3, color=color, label=f"to the {NAMES[base]}")
+    axes.axvline(0, color="grey", linewidth=0.8)
+    axes.set(xlabel="top-1 of ConvMix minus theirs, points", ylim=(len(tested) - 0.5, -0.5))
+    axes.set_yticks(range(len(tested)), [fill(title(c.settings), 30) for c in tested], fontsize="small")
+    axes.legend(fontsize="small", ncols=2, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
+
+
+def draw_series(axes: Any, series: Sequence[Series], what: str) -> None:
+    """The gain along what grows, a line a series."""
+    for one in series:
+        points = [(position, list(reductions.values())) for position, reductions in one.table()]
+        x, y = [position for position, _ in points], [mean(values) for _, values in points]
+        errors = [standard_error(values) or 0 for _, values in points]
+        settings = one.conditions[-1].settings
+        axes.errorbar(x, y, errors, marker="o", capsize=3, label=f"{settings.dataset}, {settings.arch}")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set(xlabel=what, ylabel="error reduction, % (± standard error)", xscale="log")
+    axes.legend(fontsize="small")
+
+
+def draw_cost(axes: Any, conditions: Sequence[Condition], dataset: str) -> None:
+    """Accuracy against MACs, a point a backbone and scheme."""
+    for scheme in (LAST, CONTROL, CONVMIX):
+        chosen = [c for c in conditions if scheme in c.runs]
+        x = [mean(c.values(scheme, "macs")) / 1e6 for c in chosen]
+        errors = [standard_error(c.values(scheme)) or 0 for c in chosen]
+        axes.errorbar(x, [mean(c.values(scheme)) for c in chosen], errors, fmt="o", capsize=3, label=NAMES[scheme])
+    axes.set(xlabel="million MACs", ylabel="top-1, % (± standard error)", xscale="log", title=dataset)
+    axes.legend(fontsize="small")
+
+
 def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
     """Draw the differences that were tested, the gain along each series, and accuracy against cost.
 
@@ -585,60 +627,26 @@ def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     proof = list(filter(is_proof, conditions))
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    facts = {"Date": None, "Description": fingerprint(proof)}
-
-    def save(figure: Any, name: str) -> None:
-        figure.tight_layout()
-        figure.savefig(folder / name, metadata=facts)
-        plt.close(figure)
-        written.append(folder / name)
-
-    tested = [c for c in proof if c.difference(LAST, CONVMIX)]
-    if tested:
-        figure, axes = plt.subplots(figsize=(7, 1.3 + 0.7 * len(tested)))
-        for base, offset, color in ((LAST, -0.15, "tab:blue"), (CONTROL, 0.15, "tab:orange")):
-            found = [(row + offset, d) for row, c in enumerate(tested) if (d := c.difference(base, CONVMIX))]
-            for height, difference in found:
-                axes.plot(difference.values, [height] * len(difference.values), "|", color=color, alpha=0.6)
-            means = [difference.mean for _, difference in found]
-            ends = [difference.interval() or (difference.mean,) * 2 for _, difference in found]
-            spread = [[m - low for m, (low, _) in zip(means, ends, strict=True)]]
-            spread += [[high - m for m, (_, high) in zip(means, ends, strict=True)]]
-            heights = [height for height, _ in found]
-            axes.errorbar(means, heights, xerr=spread, fmt="o", capsize=3, color=color, label=f"to the {NAMES[base]}")
-        axes.axvline(0, color="grey", linewidth=0.8)
-        axes.set(xlabel="top-1 of ConvMix minus theirs, points", ylim=(len(tested) - 0.5, -0.5))
-        axes.set_yticks(range(len(tested)), [fill(title(c.settings), 30) for c in tested], fontsize="small")
-        axes.legend(fontsize="small", ncols=2, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
-        save(figure, DIFFERENCES)
+    drawings: dict[str, tuple[tuple[float, float], Callable[[Any], None]]] = {}
+    if tested := [c for c in proof if c.difference(LAST, CONVMIX)]:
+        drawings[DIFFERENCES] = (7, 1.3 + 0.7 * len(tested)), partial(draw_differences, tested=tested)
     series = series_of(proof)
     for what in dict.fromkeys(one.what for one in series):
-        figure, axes = plt.subplots(figsize=(5, 3.5))
-        for one in (one for one in series if one.what == what):
-            points = [(position, list(reductions.values())) for position, reductions in one.table()]
-            x, y = [position for position, _ in points], [mean(values) for _, values in points]
-            errors = [standard_error(values) or 0 for _, values in points]
-            settings = one.conditions[-1].settings
-            axes.errorbar(x, y, errors, marker="o", capsize=3, label=f"{settings.dataset}, {settings.arch}")
-        axes.axhline(0, color="grey", linewidth=0.8)
-        axes.set(xlabel=what, ylabel="error reduction, % (± standard error)", xscale="log")
-        axes.legend(fontsize="small")
-        save(figure, f"gain-{what.replace(' ', '-')}.svg")
+        chosen = [one for one in series if one.what == what]
+        drawings[f"gain-{what.replace(' ', '-')}.svg"] = (5, 3.5), partial(draw_series, series=chosen, what=what)
     for dataset in dict.fromkeys(condition.settings.dataset for condition in proof):
-        if len({c.params for c in proof if c.settings.dataset == dataset}) < 2:
-            continue  # one backbone is a table's line
-        figure, axes = plt.subplots(figsize=(5, 3.5))
-        for scheme in (LAST, CONTROL, CONVMIX):
-            chosen = [c for c in proof if c.settings.dataset == dataset and scheme in c.runs]
-            x = [mean(c.values(scheme, "macs")) / 1e6 for c in chosen]
-            errors = [standard_error(c.values(scheme)) or 0 for c in chosen]
-            axes.errorbar(x, [mean(c.values(scheme)) for c in chosen], errors, fmt="o", capsize=3, label=NAMES[scheme])
-        axes.set(xlabel="million MACs", ylabel="top-1, % (± standard error)", xscale="log", title=dataset)
-        axes.legend(fontsize="small")
-        save(figure, f"cost-{dataset}.svg")
-    return written
+        here = [c for c in proof if c.settings.dataset == dataset]
+        if len({c.params for c in here}) > 1:  # one backbone is a table's line
+            drawings[f"cost-{dataset}.svg"] = (5, 3.5), partial(draw_cost, conditions=here, dataset=dataset)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, (size, draw) in drawings.items():
+        figure, axes = plt.subplots(figsize=size)
+        draw(axes)
+        figure.tight_layout()
+        figure.savefig(folder / name, metadata={"Date": None, "Description": fingerprint(proof)})
+        plt.close(figure)
+    return [folder / name for name in drawings]
 
 
 # Command line ---------------------------------------------------------------------------------------------------------

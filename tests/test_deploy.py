@@ -7,6 +7,8 @@ import timm
 import torch
 from timm.models import create_feature_extractor
 
+from timm_convmix.exporting import ONNX_TORCH
+
 NAMES = ["test_resnet", "test_convnext", "test_mambaout", "test_efficientnet"]  # the third computes in NHWC
 
 
@@ -46,6 +48,7 @@ def test_export_with_a_dynamic_batch(model):
         torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.skipif(torch.__version__ < ONNX_TORCH, reason=f"ONNX needs torch {ONNX_TORCH}")
 def test_onnx(model, tmp_path):
     path = tmp_path / "model.onnx"
     batch = torch.export.Dim("batch", min=1, max=64)

@@ -20,6 +20,7 @@ from timm_convmix.errors import ExportError, ExtraError
 from timm_convmix.exporting import balanced_sample, export
 from timm_convmix.prediction import default_model
 
+needs_onnx = pytest.mark.skipif(torch.__version__ < exporting.ONNX_TORCH, reason=f"ONNX: torch {exporting.ONNX_TORCH}")
 PHOTOGRAPHS = [Path(name) for name in load_sample_images().filenames]
 
 
@@ -51,8 +52,12 @@ def call(capsys, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("arch", "to"),
-    [("test_mambaout", "onnx"), ("test_mambaout", "torch-export"), ("test_convnext", "onnx")],  # the first is NHWC
+    ("arch", "to"),  # the first is NHWC
+    [
+        pytest.param("test_mambaout", "onnx", marks=needs_onnx),
+        ("test_mambaout", "torch-export"),
+        pytest.param("test_convnext", "onnx", marks=needs_onnx),
+    ],
 )
 def test_a_file_computes_the_same_on_any_batch(arch, to, tmp_path):
     model = build(arch)
@@ -72,7 +77,7 @@ def test_a_file_computes_the_same_on_any_batch(arch, to, tmp_path):
             torch.testing.assert_close(run(x), model(x), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("to", ["onnx", "torch-export"])
+@pytest.mark.parametrize("to", [pytest.param("onnx", marks=needs_onnx), "torch-export"])
 def test_a_file_knows_what_it_is(packed, to, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = packed.folders / NAME
@@ -107,10 +112,11 @@ def test_the_embedded_net_says_its_digest(tmp_path):
 # What is not the same is not written ----------------------------------------------------------------------------------
 
 
+@needs_onnx
 def test_another_program_is_refused_and_the_older_file_stays(tmp_path, monkeypatch):
     model, other = build(), build()
     translate = torch.onnx.export
-    shapes = ({0: torch.export.Dim("batch")},)
+    shapes = ({0: torch.export.Dim("batch", max=exporting.MAX_BATCH)},)
 
     def tampered(_, args, **kwargs):
         return translate(torch.export.export(other, (torch.randn(2, 3, 64, 64),), dynamic_shapes=shapes), (), **kwargs)
@@ -135,6 +141,7 @@ def test_what_is_no_number_is_refused_too(kind, value):
     assert not found.largest <= 0
 
 
+@needs_onnx
 def test_int8_is_measured_and_refused_where_it_costs_too_much(packed, digits, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("timm_convmix.exporting.CALIBRATION", 64)
     folder = packed.folders / NAME
@@ -191,6 +198,7 @@ def test_a_model_that_cannot_be_traced(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@needs_onnx
 def test_a_model_that_is_too_large_for_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr("timm_convmix.exporting.ONNX_LIMIT", 1_000_000)
     with pytest.raises(ExportError, match="bytes are more than one ONNX file holds; take --to torch-export"):
@@ -206,6 +214,16 @@ def test_without_onnx(extra, monkeypatch, capsys):
     assert "pip install 'timm-convmix[export]'" in err
     with pytest.raises(ExtraError):
         export(build(), images=PHOTOGRAPHS)
+
+
+def test_an_older_torch_writes_no_onnx(monkeypatch, capsys):
+    monkeypatch.setattr("torch.__version__", torch.torch_version.TorchVersion("2.6.0+cu124"))
+    status, out, err = call(capsys, "convmix_test_resnet", "--to", "onnx", "--images", PHOTOGRAPHS[0])
+    assert (status, out) == (1, "")
+    assert "ONNX needs torch 2.7 or newer: pip install 'timm-convmix[export]'" in err
+    exporting.check_request("torch-export", None, int8=False)
+    monkeypatch.setattr("torch.__version__", torch.torch_version.TorchVersion("2.10.0"))
+    exporting.check_request("onnx", None, int8=False)
 
 
 def test_a_folder_that_cannot_be_made(tmp_path, capsys):

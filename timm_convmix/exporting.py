@@ -46,6 +46,10 @@ SUFFIXES = {"onnx": ".onnx", "torch-export": ".pt2"}
 INPUT, OUTPUT = "images", "logits"
 TRACED = 2
 """Images in the batch that a model is traced with; 0 and 1 mean something special to torch.export."""
+MAX_BATCH = 2**31 - 1
+"""Images in the largest batch; torch 2.6 and 2.7 do not trace a model without a limit."""
+ONNX_TORCH = "2.7"
+"""The oldest torch that translates batch norm to ONNX, as the extra ``export`` declares."""
 RANDOM = (1, 3)
 """Sizes of the random batches that a file is compared on."""
 BATCH = 32
@@ -100,7 +104,7 @@ def export(
     Raises:
         ExportError: The model cannot be exported, or its file does not give the same; nothing is written.
         InputError: There are no real images, one cannot be read, or the arguments do not go together.
-        ExtraError: ONNX is not installed.
+        ExtraError: ONNX is not installed, or torch is too old for it.
         ConvMixError: The model or the data cannot be loaded.
     """
     check_request(to, data_dir, int8=int8)
@@ -142,7 +146,8 @@ def check_request(to: str, data_dir: str | Path | None, *, int8: bool) -> None:
         raise InputError(f"to={to!r} is none of {', '.join(SUFFIXES)}.")
     if int8 and (to != "onnx" or data_dir is None):
         raise InputError("int8 is a kind of onnx, and needs a data set (data_dir, --data): it is measured on images.")
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    missing = [f"torch {ONNX_TORCH} or newer"] if torch.__version__ < ONNX_TORCH else []
+    missing += [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if to == "onnx" and missing:
         raise ExtraError(f"ONNX needs {', '.join(missing)}: pip install 'timm-convmix[export]'.")
 
@@ -287,7 +292,7 @@ def write(net: nn.Module, input_size: tuple[int, int, int], facts: Mapping[str, 
     size = sum(tensor.nbytes for tensor in net.state_dict().values())
     if file.suffix == ".onnx" and size >= ONNX_LIMIT:
         raise ExportError(f"{name}: its {size} bytes are more than one ONNX file holds; take --to torch-export.")
-    shapes = ({0: torch.export.Dim("batch", min=1)},)
+    shapes = ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about torch's own insides
