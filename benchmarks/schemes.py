@@ -205,6 +205,43 @@ class Variant(Mixer):
         nn.init.zeros_(self.gain)
 
 
+class Beside(Mixer):
+    """One ConvMix of the deepest tap, and one of those before it.
+
+    Args:
+        in_channels: Position of each tapped stage -> its channels, shallow to deep; two or more.
+        out_channels: Channels of the final map.
+        rank: Of both, as of ConvMix.
+        device: Where the parameters are made.
+        dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_channels: Mapping[int, int],
+        out_channels: int,
+        *,
+        rank: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.settings = {"rank": rank}
+        *before, deepest = in_channels
+        settings: dict[str, Any] = dict(rank=rank, device=device, dtype=dtype)
+        self.before = create_mixer("convmix", {stage: in_channels[stage] for stage in before}, out_channels, **settings)
+        self.deepest = create_mixer("convmix", {deepest: in_channels[deepest]}, out_channels, **settings)
+
+    def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
+        """Mix; shapes as in ``Mixer.forward``."""
+        return self.deepest(taps[-1:], self.before(taps[:-1], final))
+
+    def start_as_identity(self) -> None:
+        """Both do."""
+        self.before.start_as_identity()
+        self.deepest.start_as_identity()
+
+
 class ScalarMix(Mixer):
     """ELMo's scalar mix (Peters et al. 2018, arXiv:1802.05365): ``gamma * sum(softmax(w)_k * h_k)``.
 
@@ -256,7 +293,7 @@ class ScalarMix(Mixer):
             nn.init.zeros_(projection[1].weight)  # type: ignore[index]
 
 
-MIXERS.update(variant=Variant, scalar=ScalarMix)
+MIXERS.update(variant=Variant, beside=Beside, scalar=ScalarMix)
 
 
 # Peers that end in logits instead of a map ----------------------------------------------------------------------------
@@ -391,8 +428,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     "convmix": {},
     # where it mixes: after global pooling by default
     "grid": dict(grid=True),
-    # what it taps: up to three stages before the deepest by default; before and deepest are read by `stages_of`
+    # what it taps: up to three stages before the deepest by default; before and deepest are read by `stages_of`; beside is a mixer of its own
     "deepest": dict(deepest=True),
+    "beside": dict(deepest=True, mixer="beside"),
     "stages1": dict(before=1),
     "stages2": dict(before=2),
     "stages_all": dict(before=None),
@@ -405,9 +443,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     # how it pools: the mean by default
     "avgmax": dict(pool="avgmax"),
     "gem": dict(pool="gem"),
-    # the rank of the linear layer: out/8, or full where that is smaller, by default; divisor is read by `arguments_of`
+    # the rank of the linear layer: out/8 but at least 64, or full where that is smaller, by default; divisor is read by
+    # `arguments_of`
     "full": dict(divisor=0),
     "rank4": dict(divisor=4),
+    "rank8": dict(divisor=8),
     # the activation: ReLU by default
     "act_none": dict(act="none"),
     "gelu": dict(act="gelu"),
@@ -472,7 +512,7 @@ def arguments_of(scheme: str, backbone: Any) -> dict[str, Any]:
     if "divisor" in changes:
         divisor = changes.pop("divisor")
         changes["rank"] = max(1, out // divisor) if divisor else 0
-    mixer = "convmix" if changes.keys() <= {"rank"} else "variant"
+    mixer: str = changes.pop("mixer", "convmix" if changes.keys() <= {"rank"} else "variant")
     arguments: dict[str, Any] = dict(stages=stages, mixer=mixer, mixer_args=changes)
     if not scheme.startswith(CONTROL):
         return arguments

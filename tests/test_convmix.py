@@ -286,7 +286,7 @@ def test_a_changed_pooling_is_saved(tmp_path, arch):
 def test_what_is_saved_is_resolved(tmp_path):
     save_for_hf(timm.create_model(VARIANT), tmp_path, safe_serialization=True)
     arguments = json.loads((tmp_path / "config.json").read_text())["model_args"]
-    assert (arguments["mixer"], arguments["mixer_args"], arguments["stages"]) == ("convmix", {"rank": 12}, [1, 2, 3])
+    assert (arguments["mixer"], arguments["mixer_args"], arguments["stages"]) == ("convmix", {"rank": 64}, [1, 2, 3])
 
 
 def test_a_user_wrapped_model_is_saved_under_the_variants_name(tmp_path):

@@ -293,6 +293,15 @@ def test_the_mix_on_the_grid_averages_cells():
     assert torch.allclose(mixer([tap], final), expected, atol=1e-6)
 
 
+def test_the_deepest_tap_beside_the_others_is_two_mixes_added():
+    mixer = create_mixer("beside", {0: 4, 1: 6}, 8, rank=2)
+    taps, final = [torch.randn(2, 4, 6, 6), torch.randn(2, 6, 3, 3)], torch.randn(2, 8, 3, 3)
+    zero = torch.zeros_like(final)
+    expected = final + mixer.before(taps[:1], zero) + mixer.deepest(taps[1:], zero)
+    assert torch.allclose(mixer(taps, final), expected, atol=1e-6)
+    assert [part.settings for part in (mixer.before, mixer.deepest)] == [{"rank": 2}] * 2
+
+
 def test_pooling():
     x = torch.rand(2, 3, 4, 4)
     gem = schemes.GeM()
@@ -325,7 +334,7 @@ def test_a_tap_is_dropped_while_training_only():
 
 def test_mixers_start_as_identities():
     taps, final = [torch.randn(2, 4, 6, 6), torch.randn(2, 6, 3, 3)], torch.randn(2, 8, 3, 3)
-    for name, settings in (("scalar", {}), ("variant", dict(grid=True, norm="batch"))):
+    for name, settings in (("scalar", {}), ("beside", {}), ("variant", dict(grid=True, norm="batch"))):
         mixer = create_mixer(name, {0: 4, 1: 6}, 8, **settings)
         assert not torch.equal(mixer(taps, final), final)
         mixer.start_as_identity()
@@ -480,7 +489,7 @@ def test_a_row_says_what_repeats_it(command, tmp_path, data):
     model = schemes.build("test_resnet", "control", num_classes=10, seed=0)
     assert run.params == sum(p.numel() for p in model.parameters())
     assert run.macs == cost.count_macs(model, torch.zeros(1, 3, 32, 32))
-    assert json.loads(run.form)["mixer_args"] == {"rank": 25}
+    assert json.loads(run.form)["mixer_args"] == {"rank": 125}
     assert str(data) not in run.argv
     assert str(tmp_path) not in run.argv
     assert run.argv.startswith(f"python -m benchmarks.accuracy --data {data.name} --dataset-name digits")

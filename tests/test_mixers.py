@@ -36,6 +36,7 @@ def test_convmix_is_its_formula(rank):
 
 def test_rank_follows_from_the_channels():
     assert ConvMix({1: 256, 2: 512, 3: 1024}, 2048).settings == {"rank": 256}
+    assert ConvMix({0: 64, 1: 128, 2: 256}, 320).settings == {"rank": 64}
     assert ConvMix({0: 2, 1: 2}, 64).settings == {"rank": 0}  # a pair would be larger than the matrix
 
 

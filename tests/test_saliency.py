@@ -196,7 +196,7 @@ def test_a_head_that_begins_in_place_changes_nothing(images, monkeypatch):
 
     def behind(activation):
         monkeypatch.setattr(model.backbone, "forward_head", lambda x, **kwargs: head(activation(x), **kwargs))
-        return grad_cam(model, images, 1).maps
+        return grad_cam(model, images).maps
 
     for kept, overwritten in zip(behind(torch.tanh), behind(torch.tanh_), strict=True):
         assert torch.equal(kept.heat, overwritten.heat)

@@ -21,6 +21,9 @@ the mix grows to 0.1, 1.2 and 3.5 percent of the final map at scales 1, 10 and 3
 the accuracy and diverges, 10 does neither.
 """
 
+LEAST_RANK = 64
+"""Of ConvMix's linear layer, which the small final maps of nets for small images need: see docs/evidence.md."""
+
 
 class Mixer(nn.Module):
     """What every mixer is: built from ``(in_channels, out_channels, *, device, dtype)``, called with maps.
@@ -79,8 +82,8 @@ class ConvMix(Mixer):
     convolution of multi-level pooled features. The form is this project's own, found by measurement; the paper
     (Arif, Burchert, Schmidt-Thieme, SCIA 2023, doi:10.1007/978-3-031-31438-4_11) is public only as an abstract.
 
-    The linear layer is a pair of rank ``out_channels // 8`` wherever that has fewer parameters than the full
-    matrix, which holds the mixer under a tenth of any timm backbone. The gain stands after the activation, because
+    The linear layer is a pair of rank ``out_channels // 8``, but at least ``LEAST_RANK``, wherever that has fewer
+    parameters than the full matrix; this holds the mixer under a tenth of any timm backbone. The gain stands after the activation, because
     a zero before it would have a zero gradient for ever; it is one-dimensional, so timm's optimizers do not decay it.
 
     Args:
@@ -106,7 +109,7 @@ class ConvMix(Mixer):
         super().__init__()
         width = sum(in_channels.values())
         if rank is None:
-            rank = max(1, out_channels // 8)
+            rank = max(LEAST_RANK, out_channels // 8)
             rank = rank if rank * (width + out_channels) < width * out_channels else 0
         if not isinstance(rank, int) or rank < 0:
             raise MixerError(f"rank={rank!r} of mixer 'convmix' must be an integer, 0 (the full matrix) or more.")
