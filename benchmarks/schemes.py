@@ -428,7 +428,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "convmix": {},
     # where it mixes: after global pooling by default
     "grid": dict(grid=True),
-    # what it taps: up to three stages before the deepest by default; before and deepest are read by `stages_of`; beside is a mixer of its own
+    # what it taps: up to three stages before the deepest by default; before and deepest are read by `stages_of`; beside
+    # is a mixer of its own
     "deepest": dict(deepest=True),
     "beside": dict(deepest=True, mixer="beside"),
     "stages1": dict(before=1),

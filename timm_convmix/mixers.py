@@ -83,8 +83,9 @@ class ConvMix(Mixer):
     (Arif, Burchert, Schmidt-Thieme, SCIA 2023, doi:10.1007/978-3-031-31438-4_11) is public only as an abstract.
 
     The linear layer is a pair of rank ``out_channels // 8``, but at least ``LEAST_RANK``, wherever that has fewer
-    parameters than the full matrix; this holds the mixer under a tenth of any timm backbone. The gain stands after the activation, because
-    a zero before it would have a zero gradient for ever; it is one-dimensional, so timm's optimizers do not decay it.
+    parameters than the full matrix; this holds the mixer under a tenth of any timm backbone. The gain stands after the
+    activation, because a zero before it would have a zero gradient for ever; it is one-dimensional, so timm's
+    optimizers do not decay it.
 
     Args:
         in_channels: Position of each tapped stage -> its channels, shallow to deep.
