@@ -253,6 +253,8 @@ def answers(conditions: Sequence[Condition]) -> str:
         if found:
             settings = f"{len(found)} setting{'s' * (len(found) > 1)}"
             sentences.append(f"Against the {NAMES[base]}, ConvMix's accuracy is {', '.join(counts)} of {settings}.")
+            if base == CONTROL and -1 in found:
+                sentences.append("Where it is lower, a further layer on the deepest stage does more than mixing stages.")
     return " ".join(sentences)
 
 

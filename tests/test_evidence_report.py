@@ -157,7 +157,9 @@ def test_answers_in_words():
     rows = paired(DIFFERENCES) + paired(worse, lr=0.2) + paired(DIFFERENCES[:3], lr=0.3) + paired(BEST, lr=0.4)
     counted = "ConvMix's accuracy is higher in 1, lower in 1, not shown to differ in 2 of 4 settings."
     text = report.answers(report.conditions_of(rows))
-    assert text == f"Against the last stage, {counted} Against the control, {counted}"
+    lower = "Where it is lower, a further layer on the deepest stage does more than mixing stages."
+    assert text == f"Against the last stage, {counted} Against the control, {counted} {lower}"
+    assert lower not in report.answers(report.conditions_of(paired(DIFFERENCES)))
     alone = [row for row in paired(DIFFERENCES) if row.scheme != "control"]
     assert report.summary(report.conditions_of(alone)).startswith(
         "Against the last stage, ConvMix's accuracy is higher in 1 of 1 setting.\n"

@@ -47,7 +47,7 @@ INPUT, OUTPUT = "images", "logits"
 TRACED = 2
 """Images in the batch that a model is traced with; 0 and 1 mean something special to torch.export."""
 MAX_BATCH = 2**31 - 1
-"""Images in the largest batch; torch 2.6 and 2.7 do not trace a model without a limit."""
+"""Images in the largest batch; torch 2.7 and older do not trace every model without a limit."""
 ONNX_TORCH = "2.7"
 """The oldest torch that translates batch norm to ONNX, as the extra ``export`` declares."""
 RANDOM = (1, 3)
