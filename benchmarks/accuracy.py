@@ -87,7 +87,7 @@ class Settings:
         warmup: Share of the steps in which the learning rate rises.
         smoothing: Of the labels.
         padding: Pixels on each side before the random crop; 0 crops nothing. Half of the images are mirrored.
-        init: Template of the file whose weights a run starts from, or ''.
+        init: Template of the file whose weights a run starts from, with its folder, or ''.
         init_sha256: Of that file, its first 16 digits.
         freeze: 1 where only the classifier is trained.
         mode: Number format, 'compiled' where it was.
@@ -450,7 +450,7 @@ def list_settings(args: argparse.Namespace, data: dict[str, Any]) -> Iterator[tu
                         arch=arch,
                         scheme=scheme,
                         seed=seed,
-                        init=Path(args.init).name,
+                        init="/".join(Path(args.init).parts[-2:]),
                         init_sha256=short_sha256(init) if init else "",
                     ),
                     init,

@@ -254,7 +254,9 @@ def answers(conditions: Sequence[Condition]) -> str:
             settings = f"{len(found)} setting{'s' * (len(found) > 1)}"
             sentences.append(f"Against the {NAMES[base]}, ConvMix's accuracy is {', '.join(counts)} of {settings}.")
             if base == CONTROL and -1 in found:
-                sentences.append("Where it is lower, a further layer on the deepest stage does more than mixing stages.")
+                sentences.append(
+                    "Where it is lower, a further layer on the deepest stage does more than mixing stages."
+                )
     return " ".join(sentences)
 
 
@@ -636,10 +638,12 @@ def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
     for what in dict.fromkeys(one.what for one in series):
         chosen = [one for one in series if one.what == what]
         drawings[f"gain-{what.replace(' ', '-')}.svg"] = (5, 3.5), partial(draw_series, series=chosen, what=what)
-    for dataset in dict.fromkeys(condition.settings.dataset for condition in proof):
-        here = [c for c in proof if c.settings.dataset == dataset]
-        if len({c.params for c in here}) > 1:  # one backbone is a table's line
-            drawings[f"cost-{dataset}.svg"] = (5, 3.5), partial(draw_cost, conditions=here, dataset=dataset)
+    shared = partial(_without, ignored=dict(arch=""))
+    compared = [list(group) for _, group in groupby(sorted(proof, key=shared), key=shared)]
+    for number, group in enumerate(group for group in compared if len(group) > 1):  # one backbone is a table's line
+        dataset = group[0].settings.dataset
+        name = f"cost-{dataset}{f'-{number}' * bool(number)}.svg"
+        drawings[name] = (5, 3.5), partial(draw_cost, conditions=group, dataset=dataset)
 
     folder.mkdir(parents=True, exist_ok=True)
     for name, (size, draw) in drawings.items():

@@ -538,10 +538,10 @@ def test_transfer_and_warm_start(command, tmp_path):
     own = str(models / "{arch}-{scheme}-{seed}.safetensors")
     plain = str(models / "{arch}-last-{seed}.safetensors")
     rows = command("--init", own, "--classes", "5")
-    assert [row.init for row in rows[2:]] == ["{arch}-{scheme}-{seed}.safetensors"] * 2
+    assert [row.init for row in rows[2:]] == ["models/{arch}-{scheme}-{seed}.safetensors"] * 2
     assert rows[2].init_sha256 == accuracy.short_sha256(models / "test_resnet-last-0.safetensors")
     rows = command("--init", plain, "--classes", "5")
-    assert [row.init for row in rows[4:]] == ["{arch}-last-{seed}.safetensors"] * 2
+    assert [row.init for row in rows[4:]] == ["models/{arch}-last-{seed}.safetensors"] * 2
     x = torch.randn(2, 3, 32, 32)
     source = accuracy.load_model(models / "test_resnet-last-0.safetensors").model
     warm, again = (schemes.build("test_resnet", name, num_classes=5, seed=3).eval() for name in ("convmix", "last"))
