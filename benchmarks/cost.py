@@ -368,20 +368,23 @@ def render(rows: Sequence[Row], census: Sequence[Row], *, brief: bool = False) -
         steady = {(row.device, row.input) for row in measured if row.mode == STEADY}
         rows = [row for row in measured if row.mode == (STEADY if (row.device, row.input) in steady else "eager")]
     blocks: list[tuple[str, str, Sequence[Row]]] = []
-    for device in dict.fromkeys(row.device for row in rows):
+    devices = dict.fromkeys(row.device for row in rows)
+    for device in devices:
         here = [row for row in rows if row.device == device]
-        for shape in dict.fromkeys(row.input for row in here if row.part == "measure"):
+        where = f", {device}" if len(devices) > 1 else ""
+        shapes = {row.input for row in here if row.part == "measure"}
+        for shape in sorted(shapes, key=lambda shape: int(shape.rpartition("x")[2]), reverse=True):
             chosen = [row for row in here if (row.part, row.input) == ("measure", shape)]
-            title = f"The twin to its plain backbone, {shape}"
+            title = f"The twin to its plain backbone, {shape}{where}"
             blocks.append((title, pivot(chosen, label=lambda row: f"{row.base}, {row.mode}"), chosen))
         larger = [row for row in here if row.part == "larger"]
-        title = "The next larger backbone to the plain one"
+        title = f"The next larger backbone to the plain one{where}"
         blocks.append((title, pivot(larger, label=lambda row: f"{row.other} to {row.base}"), larger))
         scaling = [row for row in here if row.part == "scaling"]
-        title = "The twin to its plain backbone, as resolution and depth grow"
+        title = f"The twin to its plain backbone, as resolution and depth grow{where}"
         blocks.append((title, pivot(scaling, label=lambda row: f"{row.base}, {row.input}"), scaling))
         compared = [row for row in here if row.part == "schemes"]
-        title = "Every scheme to its plain backbone, 100 classes"
+        title = f"Every scheme to its plain backbone, 100 classes{where}"
         blocks.append((title, pivot(compared, label=lambda row: f"{row.other}, {row.input}"), compared))
     if census:
         title = f"The twin to its plain backbone, over all {len({row.base for row in census})} architectures"

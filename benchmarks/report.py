@@ -566,16 +566,6 @@ def fingerprint(conditions: Sequence[Condition]) -> str:
     return f"runs {sha256(repr(shown).encode()).hexdigest()}"
 
 
-def stale_figures(conditions: Sequence[Condition], folder: Path) -> list[str]:
-    """Names of the figures that were drawn from other runs, or are linked and not there."""
-    proof = list(filter(is_proof, conditions))
-    current = fingerprint(proof)
-    there = {path.name: current in path.read_text() for path in folder.glob("*.svg")}
-    if claims(proof):
-        there.setdefault(DIFFERENCES, False)
-    return sorted(name for name, same in there.items() if not same)
-
-
 def draw_differences(axes: Any, tested: Sequence[Condition]) -> None:
     """A line a setting, a tick a seed, and the mean with its interval: to the last stage and to the control."""
     for base, offset, color in ((LAST, -0.15, "tab:blue"), (CONTROL, 0.15, "tab:orange")):
@@ -618,8 +608,38 @@ def draw_cost(axes: Any, conditions: Sequence[Condition], dataset: str) -> None:
     axes.legend(fontsize="small")
 
 
+def list_drawings(proof: Sequence[Condition]) -> dict[str, tuple[tuple[float, float], Callable[[Any], None]]]:
+    """File name -> size in inches, and what draws on matplotlib's axes.
+
+    The differences that were tested, the gain along each series, and accuracy against cost where settings differ in the
+    backbone only.
+    """
+    drawings: dict[str, tuple[tuple[float, float], Callable[[Any], None]]] = {}
+    if tested := [c for c in proof if c.difference(LAST, CONVMIX)]:
+        drawings[DIFFERENCES] = (7, 1.3 + 0.7 * len(tested)), partial(draw_differences, tested=tested)
+    series = series_of(proof)
+    for what in dict.fromkeys(one.what for one in series):
+        chosen = [one for one in series if one.what == what]
+        drawings[f"gain-{what.replace(' ', '-')}.svg"] = (5, 3.5), partial(draw_series, series=chosen, what=what)
+    shared = partial(_without, ignored=dict(arch=""))
+    alike = (list(group) for _, group in groupby(sorted(proof, key=shared), key=shared))
+    for number, group in enumerate((group for group in alike if len(group) > 1), start=1):
+        dataset = group[0].settings.dataset
+        draw = partial(draw_cost, conditions=group, dataset=dataset)
+        drawings[f"cost-{dataset}-{number}.svg"] = (5, 3.5), draw
+    return drawings
+
+
+def stale_figures(conditions: Sequence[Condition], folder: Path) -> list[str]:
+    """Names of the figures that are missing in a folder, or were drawn from other runs."""
+    proof = list(filter(is_proof, conditions))
+    current = fingerprint(proof)
+    paths = [folder / name for name in list_drawings(proof)]
+    return [path.name for path in paths if not path.is_file() or current not in path.read_text()]
+
+
 def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
-    """Draw the differences that were tested, the gain along each series, and accuracy against cost.
+    """Draw what ``list_drawings`` lists.
 
     Returns:
         The files written: none where there is nothing to draw.
@@ -631,20 +651,7 @@ def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
     proof = list(filter(is_proof, conditions))
-    drawings: dict[str, tuple[tuple[float, float], Callable[[Any], None]]] = {}
-    if tested := [c for c in proof if c.difference(LAST, CONVMIX)]:
-        drawings[DIFFERENCES] = (7, 1.3 + 0.7 * len(tested)), partial(draw_differences, tested=tested)
-    series = series_of(proof)
-    for what in dict.fromkeys(one.what for one in series):
-        chosen = [one for one in series if one.what == what]
-        drawings[f"gain-{what.replace(' ', '-')}.svg"] = (5, 3.5), partial(draw_series, series=chosen, what=what)
-    shared = partial(_without, ignored=dict(arch=""))
-    compared = [list(group) for _, group in groupby(sorted(proof, key=shared), key=shared)]
-    for number, group in enumerate(group for group in compared if len(group) > 1):  # one backbone is a table's line
-        dataset = group[0].settings.dataset
-        name = f"cost-{dataset}{f'-{number}' * bool(number)}.svg"
-        drawings[name] = (5, 3.5), partial(draw_cost, conditions=group, dataset=dataset)
-
+    drawings = list_drawings(proof)
     folder.mkdir(parents=True, exist_ok=True)
     for name, (size, draw) in drawings.items():
         figure, axes = plt.subplots(figsize=size)
@@ -702,7 +709,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{args.document.name} differs: python -m benchmarks.report --write")
         return 1
     if args.check and (stale := stale_figures(conditions, args.figures)):
-        print(f"{', '.join(stale)} shows other runs: python -m benchmarks.report --plots")
+        print(f"{', '.join(stale)}: missing, or of other runs: python -m benchmarks.report --plots")
         return 1
     if not args.write and not args.check:
         print(f"\n{text}")

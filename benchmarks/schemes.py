@@ -519,8 +519,9 @@ def arguments_of(scheme: str, backbone: Any) -> dict[str, Any]:
         return arguments
     budget = mixer_parameters(mixer, {stage: info[stage]["num_chs"] for stage in stages}, out, changes)
     deepest = {len(info) - 1: info[-1]["num_chs"]}
-    rank = matching_rank(budget, lambda rank: mixer_parameters(mixer, deepest, out, changes | {"rank": rank}))
-    return dict(stages=tuple(deepest), mixer=mixer, mixer_args=changes | {"rank": rank})
+    alone = "convmix" if mixer == "beside" else mixer  # nothing is left beside the deepest stage
+    rank = matching_rank(budget, lambda rank: mixer_parameters(alone, deepest, out, changes | {"rank": rank}))
+    return dict(stages=tuple(deepest), mixer=alone, mixer_args=changes | {"rank": rank})
 
 
 def mixer_parameters(mixer: str, in_channels: Mapping[int, int], out_channels: int, settings: dict[str, Any]) -> int:

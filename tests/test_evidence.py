@@ -249,7 +249,7 @@ def test_the_variant_by_default_is_convmix():
 def test_the_control_has_as_many_parameters(arch):
     with torch.device("meta"):
         backbone = timm.create_model(arch, num_classes=100)
-        for scheme in ("convmix", "grid+full"):
+        for scheme in ("convmix", "grid+full", "beside"):
             control = "control" if scheme == "convmix" else f"control-{scheme}"
             models = [ConvMixNet(backbone, **schemes.arguments_of(name, backbone)) for name in (scheme, control)]
             counts = [sum(p.numel() for p in model.mixer.parameters()) for model in models]
