@@ -14,6 +14,7 @@ of those that meet the cost bars and more than two standard errors above zero. E
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,8 @@ LEVEL = 0.05
 TESTS = (LAST, CONTROL)
 """What ConvMix is tested against; declared, so that Holm's method counts both even where one was not run."""
 RESAMPLES = 9999
+DIVISIONS = {"--seeds", "--schemes", "--save", "--results"}
+"""Options by which several processes share a table; its lines say which seeds and schemes were run."""
 NAMES = {LAST: "last stage", CONTROL: "control", CONVMIX: "ConvMix"}
 
 
@@ -553,8 +556,19 @@ def described(conditions: Sequence[Condition]) -> list[str]:
 
 
 def commands(rows: Sequence[Run] | Sequence[Robustness] | Sequence[Saliency]) -> str:
-    """The commands that made some rows."""
-    return ", ".join(f"`{argv}`" for argv in sorted({row.argv for row in rows}))
+    """The commands that made some rows, each once, without what only divides the work."""
+    return ", ".join(f"`{command}`" for command in sorted({whole_command(row.argv) for row in rows}))
+
+
+def whole_command(argv: str) -> str:
+    """A command without ``DIVISIONS`` and their values."""
+    kept, dropping = [], False
+    for word in shlex.split(argv):
+        if word.startswith("--"):
+            dropping = word in DIVISIONS
+        if not dropping:
+            kept.append(word)
+    return shlex.join(kept)
 
 
 # Plots ----------------------------------------------------------------------------------------------------------------

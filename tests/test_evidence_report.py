@@ -82,6 +82,14 @@ def paired(gains, base=60.0, **changes):
     return rows
 
 
+def test_a_command_is_told_once_whatever_part_of_it_a_process_ran():
+    parts = [
+        run("last", 3, 60.0, argv="python -m benchmarks.accuracy --data 'my data' --seeds 3 --epochs 3 --save M"),
+        run("grid", 5, 60.0, argv="python -m benchmarks.accuracy --data 'my data' --epochs 3 --seeds 5 --schemes grid"),
+    ]
+    assert report.commands(parts) == "`python -m benchmarks.accuracy --data 'my data' --epochs 3`"
+
+
 def sign_flip(values):
     """Share of all signs whose mean is at least as far from zero."""
     observed = abs(statistics.mean(values))
