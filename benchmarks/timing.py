@@ -331,7 +331,9 @@ def show_tables(
     if not write and not check:
         print(texts[-1][1])
         return 0
-    differing = [path for path, text in texts if not update_between(path, name, text, write=write)]
+    differing = [path for path, text in texts if not update_between(path, name, text, write=False)]
+    for path, text in texts if write else ():  # all of them, now that each was seen to have its markers
+        update_between(path, name, text, write=True)
     if not check:
         return 0
     for path in differing:

@@ -229,8 +229,11 @@ def test_the_tables_are_written_and_compared(name, command, tmp_path, capsys):
         assert "eager" in readme.read_text()
         assert "compiled" not in readme.read_text()
     page.write_text("nothing")
-    with pytest.raises(ValueError, match=rf"cost.md needs one line <!-- {name}:begin --> and one"):
-        command.main([*arguments, "--check"])
+    readme.write_text(f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->")
+    for option in ("--check", "--write"):
+        with pytest.raises(ValueError, match=rf"cost.md needs one line <!-- {name}:begin --> and one"):
+            command.main([*arguments, option])
+    assert "old" in readme.read_text()  # all is written, or nothing
 
 
 @pytest.mark.parametrize("command", [cost, startup])
