@@ -4,8 +4,8 @@ A scheme's name is one of ``PEERS``, or ``convmix``, or changes to it from ``CHA
 ``control`` and ``control-CHANGES`` are the same mixer on the deepest stage alone, of as many parameters. ``ALL`` lists
 what ``python -m benchmarks.accuracy --schemes all`` runs.
 
-Importing this module adds ``variant`` and ``scalar`` to ``timm_convmix.MIXERS``; the package itself has released mixers
-only.
+Importing this module adds ``variant``, ``single_variant`` and ``scalar`` to ``timm_convmix.MIXERS``; the package itself
+has released mixers only.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_convmix import MIXERS, ConvMixNet, Mixer, MixerError
-from timm_convmix.mixers import create_mixer
+from timm_convmix.mixers import DEFAULT_MIXER, RANK, create_mixer, rank_that_pays
 from timm_convmix.stages import MAX_TAPS, read_feature_info
 
 SIDE_WEIGHT = 0.3
@@ -119,7 +119,7 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU}
 
 
-class Variant(Mixer):
+class SingleVariant(Mixer):
     """ConvMix with its choices as arguments; with their defaults it computes what ``timm_convmix``'s ConvMix does.
 
     Args:
@@ -167,7 +167,7 @@ class Variant(Mixer):
             ("act", act, ACTIVATIONS),
         ):
             if chosen not in known:
-                raise MixerError(f"{what}={chosen!r} of mixer 'variant' is none of {', '.join(sorted(known))}.")
+                raise MixerError(f"{what}={chosen!r} of a variant is none of {', '.join(sorted(known))}.")
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         like: Any = create_mixer("convmix", in_channels, out_channels, rank=rank, **dd)
         self.settings = like.settings | dict(
@@ -182,6 +182,11 @@ class Variant(Mixer):
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Mix; shapes as in ``Mixer.forward``."""
+        mix = self.mix(taps, final)
+        return final + mix if self.residual else mix.expand_as(final)
+
+    def mix(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
+        """What is added to the final map: (B, out_channels, H, W), or (B, out_channels, 1, 1)."""
         grid = final.shape[2], final.shape[3]
         vectors = []
         for norm, tap in zip(self.norms.values(), taps, strict=True):
@@ -190,8 +195,7 @@ class Variant(Mixer):
             keep = F.dropout(vector.new_ones(len(vector), 1, 1, 1), self.drop_tap, self.training)
             vectors.append(vector * keep)
         mix = self.gain * self.act(self.expand(self.reduce(torch.cat(vectors, dim=3))))
-        mix = mix.to(final.dtype).permute(0, 3, 1, 2)
-        return final + mix if self.residual else mix.expand_as(final)
+        return mix.to(final.dtype).permute(0, 3, 1, 2)
 
     @torch.no_grad()
     def start_as_identity(self) -> None:
@@ -205,36 +209,45 @@ class Variant(Mixer):
         nn.init.zeros_(self.gain)
 
 
-class Beside(Mixer):
-    """One ConvMix of the deepest tap, and one of those before it.
+class Variant(Mixer):
+    """The default mixer with the choices of ``SingleVariant``, made in both of its branches.
 
     Args:
         in_channels: Position of each tapped stage -> its channels, shallow to deep; two or more.
         out_channels: Channels of the final map.
-        rank: Of both, as of ConvMix.
+        rank: As of DualConvMix.
+        **choices: Of SingleVariant.
         device: Where the parameters are made.
         dtype: Of the parameters.
     """
+
+    taps_deepest = True
 
     def __init__(
         self,
         in_channels: Mapping[int, int],
         out_channels: int,
         *,
-        rank: int | None = None,
+        rank: int = RANK,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **choices: Any,
     ) -> None:
         super().__init__()
-        self.settings = {"rank": rank}
+
+        def branch(stages: Sequence[int]) -> SingleVariant:
+            channels = {stage: in_channels[stage] for stage in stages}
+            fitting = rank_that_pays(rank, sum(channels.values()), out_channels)
+            return SingleVariant(channels, out_channels, rank=fitting, device=device, dtype=dtype, **choices)
+
         *before, deepest = in_channels
-        settings: dict[str, Any] = dict(rank=rank, device=device, dtype=dtype)
-        self.before = create_mixer("convmix", {stage: in_channels[stage] for stage in before}, out_channels, **settings)
-        self.deepest = create_mixer("convmix", {deepest: in_channels[deepest]}, out_channels, **settings)
+        self.before, self.deepest = branch(before), branch([deepest])
+        self.settings = self.deepest.settings | {"rank": rank}
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Mix; shapes as in ``Mixer.forward``."""
-        return self.deepest(taps[-1:], self.before(taps[:-1], final))
+        mix = self.before.mix(taps[:-1], final) + self.deepest.mix(taps[-1:], final)
+        return final + mix if self.deepest.residual else mix.expand_as(final)
 
     def start_as_identity(self) -> None:
         """Both do."""
@@ -293,7 +306,7 @@ class ScalarMix(Mixer):
             nn.init.zeros_(projection[1].weight)  # type: ignore[index]
 
 
-MIXERS.update(variant=Variant, beside=Beside, scalar=ScalarMix)
+MIXERS.update(variant=Variant, single_variant=SingleVariant, scalar=ScalarMix)
 
 
 # Peers that end in logits instead of a map ----------------------------------------------------------------------------
@@ -428,10 +441,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "convmix": {},
     # where it mixes: after global pooling by default
     "grid": dict(grid=True),
-    # what it taps: up to three stages before the deepest by default; before and deepest are read by `stages_of`; beside
-    # is a mixer of its own
-    "deepest": dict(deepest=True),
-    "beside": dict(deepest=True, mixer="beside"),
+    # its branches: the deepest stage beside up to three before it by default; those before it alone (which the mixer
+    # 'convmix' is), or all stages together in one branch
+    "single": dict(single=True, deepest=False),
+    "one_branch": dict(single=True),
+    # how many stages before the deepest it taps
     "stages1": dict(before=1),
     "stages2": dict(before=2),
     "stages_all": dict(before=None),
@@ -444,16 +458,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     # how it pools: the mean by default
     "avgmax": dict(pool="avgmax"),
     "gem": dict(pool="gem"),
-    # the rank of the linear layer: out/8 but at least 64, or full where that is smaller, by default; divisor is read by
-    # `arguments_of`
+    # the rank of the linear layers: 64 by default (with 'single' out/8 where that is more), or full where that is
+    # smaller; divisor is read by `arguments_of`
     "full": dict(divisor=0),
     "rank4": dict(divisor=4),
     "rank8": dict(divisor=8),
     # the activation: ReLU by default
     "act_none": dict(act="none"),
     "gelu": dict(act="gelu"),
-    # added to the final map by default; without that the deepest stage must be tapped: compare with `deepest`
-    "no_residual": dict(residual=False, deepest=True),
+    # added to the final map by default
+    "no_residual": dict(residual=False),
     # the gain: one by default
     "gain0": dict(gain=0.0),
     "gain0.1": dict(gain=0.1),
@@ -492,7 +506,7 @@ def check_name(scheme: str) -> None:
         changes_of(scheme)
 
 
-def stages_of(count: int, *, before: int | None = MAX_TAPS, deepest: bool = False) -> tuple[int, ...]:
+def stages_of(count: int, *, before: int | None = MAX_TAPS, deepest: bool = True) -> tuple[int, ...]:
     """Positions to tap: up to ``before`` stages before the deepest (None: all), and the deepest too if asked for."""
     first = 0 if before is None else max(0, count - 1 - before)
     return tuple(range(first, count if deepest else count - 1))
@@ -513,13 +527,15 @@ def arguments_of(scheme: str, backbone: Any) -> dict[str, Any]:
     if "divisor" in changes:
         divisor = changes.pop("divisor")
         changes["rank"] = max(1, out // divisor) if divisor else 0
-    mixer: str = changes.pop("mixer", "convmix" if changes.keys() <= {"rank"} else "variant")
+    single = changes.pop("single", False)
+    released = changes.keys() <= {"rank"}
+    alone = "convmix" if released else "single_variant"
+    mixer = alone if single else DEFAULT_MIXER if released else "variant"
     arguments: dict[str, Any] = dict(stages=stages, mixer=mixer, mixer_args=changes)
     if not scheme.startswith(CONTROL):
         return arguments
     budget = mixer_parameters(mixer, {stage: info[stage]["num_chs"] for stage in stages}, out, changes)
     deepest = {len(info) - 1: info[-1]["num_chs"]}
-    alone = "convmix" if mixer == "beside" else mixer  # nothing is left beside the deepest stage
     rank = matching_rank(budget, lambda rank: mixer_parameters(alone, deepest, out, changes | {"rank": rank}))
     return dict(stages=tuple(deepest), mixer=alone, mixer_args=changes | {"rank": rank})
 

@@ -5,8 +5,8 @@ never changes its meaning: checkpoints record it.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +21,9 @@ the mix grows to 0.1, 1.2 and 3.5 percent of the final map at scales 1, 10 and 3
 the accuracy and diverges, 10 does neither.
 """
 
-LEAST_RANK = 64
-"""Of ConvMix's linear layer. An eighth of the few channels that nets for small images end with was worse on a hold-out:
-'rank8' in docs/evidence.md. From 512 channels on, this changes nothing."""
+RANK = 64
+"""Of the linear layers, at least in ConvMix. An eighth of the few channels that nets for small images end with was worse
+on a hold-out: 'single+rank8' in docs/evidence.md."""
 
 
 class Mixer(nn.Module):
@@ -32,6 +32,9 @@ class Mixer(nn.Module):
     ``in_channels`` maps the position of each tapped stage to its channels, shallow to deep. A mixer with parameters of
     a tap's own names them by that position, so that a checkpoint of other stages does not fit by accident.
     """
+
+    taps_deepest: ClassVar[bool] = False
+    """Whether the deepest stage is tapped too where no stages are chosen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,6 +56,21 @@ class Mixer(nn.Module):
     def start_as_identity(self) -> None:
         """Set the parameters so that ``final`` comes out unchanged while every parameter can still learn."""
         raise NotImplementedError
+
+
+def check_rank(rank: int, mixer: str) -> None:
+    """Refuse what is no rank.
+
+    Raises:
+        MixerError: It is no integer, or negative.
+    """
+    if not isinstance(rank, int) or rank < 0:
+        raise MixerError(f"rank={rank!r} of mixer {mixer!r} must be an integer, 0 (the full matrix) or more.")
+
+
+def rank_that_pays(rank: int, width: int, out_channels: int) -> int:
+    """A rank, or 0 (the full matrix) where a pair of that rank has no fewer parameters."""
+    return rank if rank * (width + out_channels) < width * out_channels else 0
 
 
 class NoMixer(Mixer):
@@ -83,7 +101,7 @@ class ConvMix(Mixer):
     convolution of multi-level pooled features. The form is this project's own, found by measurement; the paper
     (Arif, Burchert, Schmidt-Thieme, SCIA 2023, doi:10.1007/978-3-031-31438-4_11) is public only as an abstract.
 
-    The linear layer is a pair of rank ``out_channels // 8``, but at least ``LEAST_RANK``, wherever that has fewer
+    The linear layer is a pair of rank ``out_channels // 8``, but at least ``RANK``, wherever that has fewer
     parameters than the full matrix; this holds the mixer under a tenth of any timm backbone. The gain stands after the
     activation, because a zero before it would have a zero gradient for ever; it is one-dimensional, so timm's
     optimizers do not decay it.
@@ -111,10 +129,8 @@ class ConvMix(Mixer):
         super().__init__()
         width = sum(in_channels.values())
         if rank is None:
-            rank = max(LEAST_RANK, out_channels // 8)
-            rank = rank if rank * (width + out_channels) < width * out_channels else 0
-        if not isinstance(rank, int) or rank < 0:
-            raise MixerError(f"rank={rank!r} of mixer 'convmix' must be an integer, 0 (the full matrix) or more.")
+            rank = rank_that_pays(max(RANK, out_channels // 8), width, out_channels)
+        check_rank(rank, "convmix")
         self.settings = {"rank": rank}
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.norms = nn.ModuleDict({str(stage): nn.LayerNorm(c, **dd) for stage, c in in_channels.items()})
@@ -125,9 +141,12 @@ class ConvMix(Mixer):
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Add the mix of the pooled taps to every cell of the final map; shapes as in ``Mixer.forward``."""
+        return final + self.mix(taps).to(final.dtype)[:, :, None, None]
+
+    def mix(self, taps: Sequence[Tensor]) -> Tensor:
+        """What is added to every cell: (B, out_channels)."""
         pooled = [norm(tap.mean((2, 3))) for norm, tap in zip(self.norms.values(), taps, strict=True)]  # (B, C_i) each
-        mix = self.gain * self.act(self.expand(self.reduce(torch.cat(pooled, dim=1))))  # (B, out_channels)
-        return final + mix.to(final.dtype)[:, :, None, None]
+        return self.gain * self.act(self.expand(self.reduce(torch.cat(pooled, dim=1))))
 
     @torch.no_grad()
     def start_as_identity(self) -> None:
@@ -141,10 +160,76 @@ class ConvMix(Mixer):
         self.expand.bias.mul_(WARM_START_SCALE)
 
 
-MIXERS: dict[str, Callable[..., Mixer]] = {
+class DualConvMix(Mixer):
+    """Two ConvMix side by side, one of the deepest tap and one of those before it; the default.
+
+    ``final + mix(taps before) + mix(deepest tap)``, each ``mix`` with norms, a linear layer, an activation and a gain of
+    its own: 'single' and 'one_branch' in docs/evidence.md are what it was chosen over.
+
+    Args:
+        in_channels: Position of each tapped stage -> its channels, shallow to deep; two or more.
+        out_channels: Channels of the final map.
+        rank: Of a linear layer, wherever that has fewer parameters than the full matrix; 0 is the full matrix.
+        device: Where the parameters are made.
+        dtype: Of the parameters.
+
+    Raises:
+        MixerError: There is one tap only, or ``rank`` is no integer, or negative.
+    """
+
+    taps_deepest = True
+
+    def __init__(
+        self,
+        in_channels: Mapping[int, int],
+        out_channels: int,
+        *,
+        rank: int = RANK,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if len(in_channels) < 2:
+            raise MixerError("mixer 'dual' takes two stages or more: for a single one choose mixer='convmix'.")
+        check_rank(rank, "dual")
+        self.settings = {"rank": rank}
+
+        def branch(stages: Sequence[int]) -> ConvMix:
+            channels = {stage: in_channels[stage] for stage in stages}
+            fitting = rank_that_pays(rank, sum(channels.values()), out_channels)
+            return ConvMix(channels, out_channels, rank=fitting, device=device, dtype=dtype)
+
+        *before, deepest = in_channels
+        self.before, self.deepest = branch(before), branch([deepest])
+
+    def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
+        """Add both mixes to every cell of the final map; shapes as in ``Mixer.forward``."""
+        mix = self.before.mix(taps[:-1]) + self.deepest.mix(taps[-1:])  # (B, out_channels)
+        return final + mix.to(final.dtype)[:, :, None, None]
+
+    def start_as_identity(self) -> None:
+        """Both do, see ConvMix."""
+        self.before.start_as_identity()
+        self.deepest.start_as_identity()
+
+
+MIXERS: dict[str, type[Mixer]] = {
+    "dual": DualConvMix,
     "convmix": ConvMix,
     "none": NoMixer,
 }
+DEFAULT_MIXER = "dual"
+
+
+def find_mixer(name: str) -> type[Mixer]:
+    """The class of a name.
+
+    Raises:
+        MixerError: There is no mixer of that name.
+    """
+    if name not in MIXERS:
+        raise MixerError(f"Unknown mixer {name!r}; choose one of {', '.join(map(repr, MIXERS))}.")
+    return MIXERS[name]
 
 
 def create_mixer(name: str, in_channels: Mapping[int, int], out_channels: int, **settings: Any) -> Mixer:
@@ -159,10 +244,9 @@ def create_mixer(name: str, in_channels: Mapping[int, int], out_channels: int, *
     Raises:
         MixerError: There is no mixer of that name, or it does not know a setting.
     """
-    if name not in MIXERS:
-        raise MixerError(f"Unknown mixer {name!r}; choose one of {', '.join(map(repr, MIXERS))}.")
+    mixer: Any = find_mixer(name)
     try:
-        inspect.signature(MIXERS[name]).bind(in_channels, out_channels, **settings)
+        inspect.signature(mixer).bind(in_channels, out_channels, **settings)
     except TypeError as error:
         raise MixerError(f"mixer {name!r} does not take these settings: {error}; leave them out.") from error
-    return MIXERS[name](in_channels, out_channels, **settings)
+    return mixer(in_channels, out_channels, **settings)
