@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_convmix import MIXERS, ConvMixNet, Mixer, MixerError
-from timm_convmix.mixers import DEFAULT_MIXER, RANK, create_mixer, rank_that_pays
+from timm_convmix.mixers import DEFAULT_MIXER, RANK, create_mixer, dual_branches
 from timm_convmix.stages import MAX_TAPS, read_feature_info
 
 SIDE_WEIGHT = 0.3
 """Of each side classifier's loss: GoogLeNet (Szegedy et al. 2014, arXiv:1409.4842)."""
 ADDED_SEED = 1_000_000
 """Added to a run's seed for what a scheme adds to the backbone."""
+
+NO_IDENTITY = "A mixer without residual cannot start as an identity: train it from scratch."
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -205,7 +207,7 @@ class SingleVariant(Mixer):
             MixerError: The mix replaces the final map.
         """
         if not self.residual:
-            raise MixerError("A mixer without residual cannot start as an identity: train it from scratch.")
+            raise MixerError(NO_IDENTITY)
         nn.init.zeros_(self.gain)
 
 
@@ -213,15 +215,14 @@ class Variant(Mixer):
     """The default mixer with the choices of ``SingleVariant``, made in both of its branches.
 
     Args:
-        in_channels: Position of each tapped stage -> its channels, shallow to deep; two or more.
+        in_channels: Position of each tapped stage -> its channels, shallow to deep.
         out_channels: Channels of the final map.
         rank: As of DualConvMix.
-        **choices: Of SingleVariant.
+        residual: As of SingleVariant.
         device: Where the parameters are made.
         dtype: Of the parameters.
+        **choices: Of SingleVariant, its other ones.
     """
-
-    taps_deepest = True
 
     def __init__(
         self,
@@ -229,30 +230,34 @@ class Variant(Mixer):
         out_channels: int,
         *,
         rank: int = RANK,
+        residual: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **choices: Any,
     ) -> None:
         super().__init__()
-
-        def branch(stages: Sequence[int]) -> SingleVariant:
-            channels = {stage: in_channels[stage] for stage in stages}
-            fitting = rank_that_pays(rank, sum(channels.values()), out_channels)
-            return SingleVariant(channels, out_channels, rank=fitting, device=device, dtype=dtype, **choices)
-
-        *before, deepest = in_channels
-        self.before, self.deepest = branch(before), branch([deepest])
-        self.settings = self.deepest.settings | {"rank": rank}
+        self.taps, self.final = (
+            SingleVariant(channels, out_channels, rank=fitting, device=device, dtype=dtype, **choices)
+            for channels, fitting in dual_branches(in_channels, out_channels, rank)
+        )
+        self.residual = residual
+        self.settings = self.taps.settings | dict(rank=rank, residual=residual)
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Mix; shapes as in ``Mixer.forward``."""
-        mix = self.before.mix(taps[:-1], final) + self.deepest.mix(taps[-1:], final)
-        return final + mix if self.deepest.residual else mix.expand_as(final)
+        mix = self.taps.mix(taps, final) + self.final.mix([final], final)
+        return final + mix if self.residual else mix.expand_as(final)
 
     def start_as_identity(self) -> None:
-        """Both do."""
-        self.before.start_as_identity()
-        self.deepest.start_as_identity()
+        """Both do.
+
+        Raises:
+            MixerError: The mix replaces the final map.
+        """
+        if not self.residual:
+            raise MixerError(NO_IDENTITY)
+        self.taps.start_as_identity()
+        self.final.start_as_identity()
 
 
 class ScalarMix(Mixer):
@@ -441,10 +446,10 @@ CHANGES: dict[str, dict[str, Any]] = {
     "convmix": {},
     # where it mixes: after global pooling by default
     "grid": dict(grid=True),
-    # its branches: the deepest stage beside up to three before it by default; those before it alone (which the mixer
-    # 'convmix' is), or all stages together in one branch
-    "single": dict(single=True, deepest=False),
-    "one_branch": dict(single=True),
+    # its branches: up to three stages before the deepest, and beside them the final map, by default; the stages alone
+    # (the mixer 'convmix'), or together with the deepest
+    "single": dict(single=True),
+    "one_branch": dict(single=True, deepest=True),
     # how many stages before the deepest it taps
     "stages1": dict(before=1),
     "stages2": dict(before=2),
@@ -506,7 +511,7 @@ def check_name(scheme: str) -> None:
         changes_of(scheme)
 
 
-def stages_of(count: int, *, before: int | None = MAX_TAPS, deepest: bool = True) -> tuple[int, ...]:
+def stages_of(count: int, *, before: int | None = MAX_TAPS, deepest: bool = False) -> tuple[int, ...]:
     """Positions to tap: up to ``before`` stages before the deepest (None: all), and the deepest too if asked for."""
     first = 0 if before is None else max(0, count - 1 - before)
     return tuple(range(first, count if deepest else count - 1))

@@ -5,8 +5,8 @@ never changes its meaning: checkpoints record it.
 """
 
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,8 @@ the accuracy and diverges, 10 does neither.
 """
 
 RANK = 64
-"""Of the linear layers, at least in ConvMix. An eighth of the few channels that nets for small images end with was worse
-on a hold-out: 'single+rank8' in docs/evidence.md."""
+"""Of the linear layers, and of ConvMix's at least. An eighth of the few channels that nets for small images end with was
+worse on a hold-out: 'single+rank8' in docs/evidence.md."""
 
 
 class Mixer(nn.Module):
@@ -32,9 +32,6 @@ class Mixer(nn.Module):
     ``in_channels`` maps the position of each tapped stage to its channels, shallow to deep. A mixer with parameters of
     a tap's own names them by that position, so that a checkpoint of other stages does not fit by accident.
     """
-
-    taps_deepest: ClassVar[bool] = False
-    """Whether the deepest stage is tapped too where no stages are chosen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,23 +158,23 @@ class ConvMix(Mixer):
 
 
 class DualConvMix(Mixer):
-    """Two ConvMix side by side, one of the deepest tap and one of those before it; the default.
+    """Two ConvMix side by side, one of the taps and one of the final map itself; the default.
 
-    ``final + mix(taps before) + mix(deepest tap)``, each ``mix`` with norms, a linear layer, an activation and a gain of
-    its own: 'single' and 'one_branch' in docs/evidence.md are what it was chosen over.
+    ``final + mix(taps) + mix(final)``, each ``mix`` with norms, a linear layer, an activation and a gain of its own.
+    Chosen on a hold-out over the taps alone ('single' in docs/evidence.md) and over all of it in one ('one_branch').
 
     Args:
-        in_channels: Position of each tapped stage -> its channels, shallow to deep; two or more.
+        in_channels: Position of each tapped stage -> its channels, shallow to deep.
         out_channels: Channels of the final map.
-        rank: Of a linear layer, wherever that has fewer parameters than the full matrix; 0 is the full matrix.
+        rank: Of the taps' linear layer, wherever that has fewer parameters than the full matrix; 0 is the full matrix.
+            The final map's has the same up to 512 channels, and beyond them no more parameters than there, so that a
+            wide last layer on a small backbone does not make the mixer large.
         device: Where the parameters are made.
         dtype: Of the parameters.
 
     Raises:
-        MixerError: There is one tap only, or ``rank`` is no integer, or negative.
+        MixerError: ``rank`` is no integer, or negative.
     """
-
-    taps_deepest = True
 
     def __init__(
         self,
@@ -189,47 +186,39 @@ class DualConvMix(Mixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if len(in_channels) < 2:
-            raise MixerError("mixer 'dual' takes two stages or more: for a single one choose mixer='convmix'.")
         check_rank(rank, "dual")
         self.settings = {"rank": rank}
-
-        def branch(stages: Sequence[int]) -> ConvMix:
-            channels = {stage: in_channels[stage] for stage in stages}
-            fitting = rank_that_pays(rank, sum(channels.values()), out_channels)
-            return ConvMix(channels, out_channels, rank=fitting, device=device, dtype=dtype)
-
-        *before, deepest = in_channels
-        self.before, self.deepest = branch(before), branch([deepest])
+        self.taps, self.final = (
+            ConvMix(channels, out_channels, rank=fitting, device=device, dtype=dtype)
+            for channels, fitting in dual_branches(in_channels, out_channels, rank)
+        )
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Add both mixes to every cell of the final map; shapes as in ``Mixer.forward``."""
-        mix = self.before.mix(taps[:-1]) + self.deepest.mix(taps[-1:])  # (B, out_channels)
+        mix = self.taps.mix(taps) + self.final.mix([final])  # (B, out_channels)
         return final + mix.to(final.dtype)[:, :, None, None]
 
     def start_as_identity(self) -> None:
         """Both do, see ConvMix."""
-        self.before.start_as_identity()
-        self.deepest.start_as_identity()
+        self.taps.start_as_identity()
+        self.final.start_as_identity()
 
 
-MIXERS: dict[str, type[Mixer]] = {
+def dual_branches(
+    in_channels: Mapping[int, int], out_channels: int, rank: int
+) -> Iterator[tuple[Mapping[int, int], int]]:
+    """Position -> channels, and the rank, of the taps' branch and of the final map's; see DualConvMix."""
+    of_final = max(1, min(rank, rank * 512 // out_channels)) if rank else 0
+    for channels, wanted in (in_channels, rank), ({-1: out_channels}, of_final):
+        yield channels, rank_that_pays(wanted, sum(channels.values()), out_channels)
+
+
+MIXERS: dict[str, Callable[..., Mixer]] = {
     "dual": DualConvMix,
     "convmix": ConvMix,
     "none": NoMixer,
 }
 DEFAULT_MIXER = "dual"
-
-
-def find_mixer(name: str) -> type[Mixer]:
-    """The class of a name.
-
-    Raises:
-        MixerError: There is no mixer of that name.
-    """
-    if name not in MIXERS:
-        raise MixerError(f"Unknown mixer {name!r}; choose one of {', '.join(map(repr, MIXERS))}.")
-    return MIXERS[name]
 
 
 def create_mixer(name: str, in_channels: Mapping[int, int], out_channels: int, **settings: Any) -> Mixer:
@@ -244,9 +233,10 @@ def create_mixer(name: str, in_channels: Mapping[int, int], out_channels: int, *
     Raises:
         MixerError: There is no mixer of that name, or it does not know a setting.
     """
-    mixer: Any = find_mixer(name)
+    if name not in MIXERS:
+        raise MixerError(f"Unknown mixer {name!r}; choose one of {', '.join(map(repr, MIXERS))}.")
     try:
-        inspect.signature(mixer).bind(in_channels, out_channels, **settings)
+        inspect.signature(MIXERS[name]).bind(in_channels, out_channels, **settings)
     except TypeError as error:
         raise MixerError(f"mixer {name!r} does not take these settings: {error}; leave them out.") from error
-    return mixer(in_channels, out_channels, **settings)
+    return MIXERS[name](in_channels, out_channels, **settings)

@@ -13,7 +13,7 @@ from timm.models import get_model_input_config, get_model_traits, group_paramete
 from torch import Tensor, nn
 
 from timm_convmix.errors import InputError
-from timm_convmix.mixers import DEFAULT_MIXER, Mixer, NoMixer, create_mixer, find_mixer
+from timm_convmix.mixers import DEFAULT_MIXER, Mixer, NoMixer, create_mixer
 from timm_convmix.stages import choose_stages, read_feature_info, take_indices
 
 ARCH_PREFIX = "convmix_"
@@ -30,7 +30,7 @@ class ConvMixNet(nn.Module):
         backbone: A timm model with a 2-D final map, ``forward_intermediates`` and a ``feature_info`` of two stages
             or more.
         stages: Positions in the feature info to tap, negative ones from the end; None takes the up to three before
-            the deepest, and the deepest too where the mixer taps it.
+            the deepest.
         mixer: A name in ``timm_convmix.MIXERS``; ``'none'`` is the plain backbone.
         mixer_args: The mixer's own settings.
         warm_start: Start as the backbone: the output is exactly the backbone's until the mixer has learned. For a
@@ -57,7 +57,7 @@ class ConvMixNet(nn.Module):
         cfg = dict(getattr(backbone, "pretrained_cfg", None) or {})
         self.arch = cfg.get("architecture") or type(backbone).__name__
         info = read_feature_info(getattr(backbone, "feature_info", None), name=self.arch)
-        self.stages = choose_stages(len(info), stages, deepest=find_mixer(mixer).taps_deepest, name=self.arch)
+        self.stages = choose_stages(len(info), stages, name=self.arch)
         self.mixer = create_mixer(
             mixer,
             {stage: info[stage]["num_chs"] for stage in self.stages},

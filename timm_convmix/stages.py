@@ -9,7 +9,7 @@ FeatureInfo = list[dict[str, Any]]
 """One dict a stage, shallow to deep: at least num_chs (channels), reduction (stride to the image), module (name)."""
 
 MAX_TAPS = 3
-"""Default taps before the deepest stage at most."""
+"""Default taps at most; the deepest stage is not among them, because the final map is made of it."""
 
 
 def read_feature_info(feature_info: Iterable[Mapping[str, Any]] | None, *, name: str) -> FeatureInfo:
@@ -31,9 +31,7 @@ def read_feature_info(feature_info: Iterable[Mapping[str, Any]] | None, *, name:
     return info
 
 
-def choose_stages(
-    count: int, stages: Sequence[int] | None = None, *, deepest: bool = False, name: str = "this backbone"
-) -> tuple[int, ...]:
+def choose_stages(count: int, stages: Sequence[int] | None = None, *, name: str = "this backbone") -> tuple[int, ...]:
     """Pick the stages to tap, by position in the feature info.
 
     By position and not by reduction, so that the choice is the same under every ``output_stride``.
@@ -42,7 +40,6 @@ def choose_stages(
         count: How many stages the backbone has, at least 2.
         stages: Positions in the feature info, negative ones from the end; None takes the up to three stages
             before the deepest.
-        deepest: Whether None takes the deepest too.
         name: The backbone's name, for the message.
 
     Returns:
@@ -52,7 +49,7 @@ def choose_stages(
         StageError: ``stages`` is empty, repeats a stage, holds something else than integers, or is out of range.
     """
     if stages is None:
-        return tuple(range(max(0, count - 1 - MAX_TAPS), count if deepest else count - 1))
+        return tuple(range(max(0, count - 1 - MAX_TAPS), count - 1))
     chosen = _positions(count, stages, argument="stages", name=name)
     if not chosen:
         raise StageError(f"stages=() taps nothing of {name}; for the plain backbone use mixer='none'.")
