@@ -36,7 +36,7 @@ def test_segmentation_models_pytorch(decoder, photographs):
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < losses[0]
-    gains = [p for name, p in model.named_parameters() if name.endswith("mixer.gain")]
+    gains = [p for name, p in model.named_parameters() if name.endswith("mixer.taps.gain")]
     assert len(gains) == 1
     assert gains[0].grad.count_nonzero() > 0
 
@@ -102,7 +102,7 @@ def test_lightning(photographs):
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
     classifier = Classifier()
-    before = classifier.model.mixer.gain.detach().clone()
+    before = classifier.model.mixer.taps.gain.detach().clone()
     trainer = lightning.Trainer(
         max_steps=2,
         accelerator="cpu",
@@ -113,7 +113,7 @@ def test_lightning(photographs):
     )
     trainer.fit(classifier, torch.utils.data.DataLoader([*zip(photographs, [0, 1], strict=True)], batch_size=2))
     assert trainer.global_step == 2
-    assert not torch.equal(classifier.model.mixer.gain, before)
+    assert not torch.equal(classifier.model.mixer.taps.gain, before)
 
 
 def test_fastai_vision_learner_keeps_the_mixer(digits):
@@ -123,7 +123,7 @@ def test_fastai_vision_learner_keeps_the_mixer(digits):
         digits, files, [file.parent.name for file in files], bs=8, num_workers=0
     )
     learner = vision.vision_learner(images, "convmix_resnet18", pretrained=False)
-    [(name, gain)] = [(name, p) for name, p in learner.model.named_parameters() if name.endswith("mixer.gain")]
+    [(name, gain)] = [(name, p) for name, p in learner.model.named_parameters() if name.endswith("mixer.taps.gain")]
     before = gain.detach().clone()
     with learner.no_bar(), learner.no_logging():
         learner.fit(1, lr=1e-3)

@@ -20,7 +20,7 @@ from benchmarks import accuracy, cost, images, robustness, saliency, schemes, ti
 from benchmarks.accuracy import Run
 from benchmarks.images import Epoch, Images
 from timm_convmix import MIXERS, ConvMixNet, MixerError
-from timm_convmix.mixers import create_mixer
+from timm_convmix.mixers import DEFAULT_MIXER, create_mixer
 
 
 def coded(count, classes, size=8):
@@ -217,16 +217,17 @@ def test_schemes_of_a_seed_share_their_backbone_bit_for_bit(scheme):
     assert all(torch.equal(plain[name], shared[name]) for name in plain.keys() - missing)
 
 
-def test_the_variant_by_default_is_convmix():
+@pytest.mark.parametrize(("name", "variant"), [(DEFAULT_MIXER, "variant"), ("convmix", "single_variant")])
+def test_the_variant_by_default_is_convmix(name, variant):
     in_channels, taps = {0: 8, 2: 12}, [torch.randn(3, 8, 6, 6), torch.randn(3, 12, 3, 3)]
     final = torch.randn(3, 16, 2, 2)
     mixers = []
-    for name in ("convmix", "variant"):
+    for each in (name, variant):
         torch.manual_seed(1)
-        mixers.append(create_mixer(name, in_channels, 16))
-    assert torch.equal(mixers[0](taps, final), mixers[1](taps, final))
+        mixers.append(create_mixer(each, in_channels, 16))
+    assert torch.allclose(mixers[0](taps, final), mixers[1](taps, final), atol=1e-6)
     assert mixers[0].state_dict().keys() == mixers[1].state_dict().keys()
-    rebuilt = create_mixer("variant", in_channels, 16, **mixers[1].settings)
+    rebuilt = create_mixer(variant, in_channels, 16, **mixers[1].settings)
     rebuilt.load_state_dict(mixers[1].state_dict())
     assert torch.equal(rebuilt(taps, final), mixers[1](taps, final))
 
@@ -249,7 +250,7 @@ def test_the_variant_by_default_is_convmix():
 def test_the_control_has_as_many_parameters(arch):
     with torch.device("meta"):
         backbone = timm.create_model(arch, num_classes=100)
-        for scheme in ("convmix", "grid+full", "beside"):
+        for scheme in ("convmix", "grid+full", "single", "single+grid"):
             control = "control" if scheme == "convmix" else f"control-{scheme}"
             models = [ConvMixNet(backbone, **schemes.arguments_of(name, backbone)) for name in (scheme, control)]
             counts = [sum(p.numel() for p in model.mixer.parameters()) for model in models]
@@ -281,25 +282,23 @@ def test_names_of_schemes():
     assert schemes.stages_of(5, deepest=True) == (1, 2, 3, 4)
     assert schemes.stages_of(5, before=None) == (0, 1, 2, 3)
     assert schemes.stages_of(3, before=1) == (1,)
-    assert {"variant", "scalar"} <= MIXERS.keys()
-    with pytest.raises(MixerError, match="norm='bath' of mixer 'variant' is none of batch, l2, layer"):
+    assert {"variant", "single_variant", "scalar"} <= MIXERS.keys()
+    with pytest.raises(MixerError, match="norm='bath' of a variant is none of batch, l2, layer"):
         create_mixer("variant", {0: 4}, 8, norm="bath")
 
 
 def test_the_mix_on_the_grid_averages_cells():
-    mixer = create_mixer("variant", {0: 4}, 8, grid=True, norm="none", act="none", rank=0)
+    mixer = create_mixer("single_variant", {0: 4}, 8, grid=True, norm="none", act="none", rank=0)
     tap, final = torch.randn(2, 4, 4, 4), torch.zeros(2, 8, 2, 2)
     expected = F.conv2d(F.avg_pool2d(tap, 2), mixer.expand.weight[:, :, None, None], mixer.expand.bias)
     assert torch.allclose(mixer([tap], final), expected, atol=1e-6)
 
 
-def test_the_deepest_tap_beside_the_others_is_two_mixes_added():
-    mixer = create_mixer("beside", {0: 4, 1: 6}, 8, rank=2)
-    taps, final = [torch.randn(2, 4, 6, 6), torch.randn(2, 6, 3, 3)], torch.randn(2, 8, 3, 3)
-    zero = torch.zeros_like(final)
-    expected = final + mixer.before(taps[:1], zero) + mixer.deepest(taps[1:], zero)
-    assert torch.allclose(mixer(taps, final), expected, atol=1e-6)
-    assert [part.settings for part in (mixer.before, mixer.deepest)] == [{"rank": 2}] * 2
+def test_a_variant_without_residual_is_its_two_mixes():
+    mixer = create_mixer("variant", {0: 4}, 8, residual=False, grid=True)
+    taps, final = [torch.randn(2, 4, 6, 6)], torch.randn(2, 8, 3, 3)
+    expected = mixer.taps.mix(taps, final) + mixer.final.mix([final], final)
+    assert torch.allclose(mixer(taps, final), expected)
 
 
 def test_pooling():
@@ -324,7 +323,7 @@ def test_a_running_norm_takes_one_vector_and_ends_as_batch_norm():
 
 
 def test_a_tap_is_dropped_while_training_only():
-    mixer = create_mixer("variant", {0: 4, 1: 4}, 8, drop_tap=0.5, norm="none", act="none", rank=0)
+    mixer = create_mixer("single_variant", {0: 4, 1: 4}, 8, drop_tap=0.5, norm="none", act="none", rank=0)
     nn.init.ones_(mixer.expand.weight)
     nn.init.zeros_(mixer.expand.bias)
     taps, final = [torch.ones(64, 4, 2, 2), 10 * torch.ones(64, 4, 2, 2)], torch.zeros(64, 8, 1, 1)
@@ -334,13 +333,19 @@ def test_a_tap_is_dropped_while_training_only():
 
 def test_mixers_start_as_identities():
     taps, final = [torch.randn(2, 4, 6, 6), torch.randn(2, 6, 3, 3)], torch.randn(2, 8, 3, 3)
-    for name, settings in (("scalar", {}), ("beside", {}), ("variant", dict(grid=True, norm="batch"))):
+    for name, settings in (
+        ("scalar", {}),
+        ("variant", dict(grid=True, norm="batch")),
+        ("single_variant", dict(pool="gem")),
+    ):
         mixer = create_mixer(name, {0: 4, 1: 6}, 8, **settings)
         assert not torch.equal(mixer(taps, final), final)
         mixer.start_as_identity()
         assert torch.equal(mixer(taps, final), final)
     with pytest.raises(MixerError, match="without residual cannot start as an identity"):
         create_mixer("variant", {0: 4}, 8, residual=False).start_as_identity()
+    with pytest.raises(MixerError, match="without residual cannot start as an identity"):
+        create_mixer("single_variant", {0: 4}, 8, residual=False).start_as_identity()
 
 
 def test_attention_by_hand():
@@ -489,7 +494,7 @@ def test_a_row_says_what_repeats_it(command, tmp_path, data):
     model = schemes.build("test_resnet", "control", num_classes=10, seed=0)
     assert run.params == sum(p.numel() for p in model.parameters())
     assert run.macs == cost.count_macs(model, torch.zeros(1, 3, 32, 32))
-    assert json.loads(run.form)["mixer_args"] == {"rank": 125}
+    assert json.loads(run.form)["mixer_args"] == {"rank": 175}
     assert str(data) not in run.argv
     assert str(tmp_path) not in run.argv
     assert run.argv.startswith(f"python -m benchmarks.accuracy --data {data.name} --dataset-name digits")

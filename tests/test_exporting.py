@@ -26,7 +26,7 @@ PHOTOGRAPHS = [Path(name) for name in load_sample_images().filenames]
 
 def build(arch="test_resnet", **kwargs):
     model = timm.create_model(f"convmix_{arch}", **dict(num_classes=10) | kwargs).eval()
-    torch.nn.init.normal_(model.mixer.gain)
+    torch.nn.init.normal_(model.mixer.taps.gain)
     return model
 
 

@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from timm_convmix.errors import MixerError
-from timm_convmix.mixers import MIXERS, ConvMix, NoMixer, create_mixer
+from timm_convmix.mixers import DEFAULT_MIXER, MIXERS, ConvMix, DualConvMix, NoMixer, create_mixer
 
 CHANNELS, OUT = {1: 8, 2: 16, 4: 24}, 40
 
@@ -34,6 +34,29 @@ def test_convmix_is_its_formula(rank):
     torch.testing.assert_close(mixer(taps, final), torch.stack(rows))
 
 
+def test_dual_is_two_mixes_added():
+    mixer = DualConvMix(CHANNELS, OUT, rank=3)
+    taps, final = maps()
+    zero = torch.zeros_like(final)
+    assert list(mixer.final.norms) == ["-1"]
+    torch.testing.assert_close(mixer(taps, final), final + mixer.taps(taps, zero) + mixer.final([final], zero))
+
+
+def test_ranks_of_dual_follow_from_the_channels():
+    for channels, out, ranks in (
+        ({1: 64, 2: 128, 3: 256}, 512, (64, 64)),
+        ({1: 256, 2: 512, 3: 1024}, 2048, (64, 16)),  # 64 * 512 // 2048
+        ({1: 24, 2: 40, 3: 112}, 1280, (64, 25)),
+        ({0: 8, 1: 16, 2: 32}, 64, (0, 0)),  # a pair would be larger than the matrix
+    ):
+        mixer = DualConvMix(channels, out)
+        assert mixer.settings == {"rank": 64}
+        assert (mixer.taps.settings["rank"], mixer.final.settings["rank"]) == ranks
+    full = DualConvMix({1: 256}, 2048, rank=0)
+    assert (full.taps.settings["rank"], full.final.settings["rank"]) == (0, 0)
+    assert DualConvMix({1: 256}, 2048, rank=1).final.settings["rank"] == 1
+
+
 def test_rank_follows_from_the_channels():
     assert ConvMix({1: 256, 2: 512, 3: 1024}, 2048).settings == {"rank": 256}
     assert ConvMix({0: 64, 1: 128, 2: 256}, 320).settings == {"rank": 64}
@@ -48,8 +71,9 @@ def test_a_mixer_can_start_as_the_identity(name):
     assert torch.equal(mixer(taps, final), final)
 
 
-def test_everything_moves_within_two_steps_of_a_warm_start():
-    mixer = ConvMix(CHANNELS, OUT)
+@pytest.mark.parametrize("name", ["convmix", "dual"])
+def test_everything_moves_within_two_steps_of_a_warm_start(name):
+    mixer = create_mixer(name, CHANNELS, OUT)
     mixer.start_as_identity()
     before = {name: p.detach().clone() for name, p in mixer.named_parameters()}
     optimizer = torch.optim.AdamW(mixer.parameters(), lr=1e-3, weight_decay=0)
@@ -61,22 +85,25 @@ def test_everything_moves_within_two_steps_of_a_warm_start():
     assert not [name for name, p in mixer.named_parameters() if torch.equal(p, before[name])]
 
 
-def test_a_single_image_trains():
+@pytest.mark.parametrize("name", ["convmix", "dual"])
+def test_a_single_image_trains(name):
     taps, final = maps(batch=1)
-    mixer = ConvMix(CHANNELS, OUT).train()
+    mixer = create_mixer(name, CHANNELS, OUT).train()
     mixer(taps, final).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
 
 
-def test_autocast_keeps_the_dtype_of_the_map():
+@pytest.mark.parametrize("name", ["convmix", "dual"])
+def test_autocast_keeps_the_dtype_of_the_map(name):
     taps, final = maps(dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert ConvMix(CHANNELS, OUT)(taps, final).dtype == torch.bfloat16
+        assert create_mixer(name, CHANNELS, OUT)(taps, final).dtype == torch.bfloat16
 
 
-def test_settings_rebuild_the_mixer():
-    mixer = ConvMix(CHANNELS, OUT)
-    again = create_mixer("convmix", CHANNELS, OUT, **mixer.settings)
+@pytest.mark.parametrize("name", ["convmix", "dual"])
+def test_settings_rebuild_the_mixer(name):
+    mixer = create_mixer(name, CHANNELS, OUT)
+    again = create_mixer(name, CHANNELS, OUT, **mixer.settings)
     again.load_state_dict(mixer.state_dict())
     taps, final = maps()
     assert torch.equal(again(taps, final), mixer(taps, final))
@@ -84,11 +111,14 @@ def test_settings_rebuild_the_mixer():
 
 
 def test_wrong_names_and_settings_are_refused():
-    with pytest.raises(MixerError, match=r"Unknown mixer 'fpn'; choose one of 'convmix', 'none'"):
+    with pytest.raises(MixerError, match=r"Unknown mixer 'fpn'; choose one of 'dual', 'convmix', 'none'"):
         create_mixer("fpn", CHANNELS, OUT)
     with pytest.raises(MixerError, match=r"mixer 'convmix' does not take these settings: .*'width'"):
         create_mixer("convmix", CHANNELS, OUT, width=3)
+    assert DEFAULT_MIXER in MIXERS
     with pytest.raises(MixerError, match=r"mixer 'none' does not take these settings: .*'rank'"):
         create_mixer("none", CHANNELS, OUT, rank=3)
-    with pytest.raises(MixerError, match=r"rank=-1 of mixer 'convmix' must be an integer, 0"):
-        create_mixer("convmix", CHANNELS, OUT, rank=-1)
+    for name in ("convmix", "dual"):
+        for rank in (-1, "8"):
+            with pytest.raises(MixerError, match=rf"rank={rank!r} of mixer '{name}' must be an integer, 0"):
+                create_mixer(name, CHANNELS, OUT, rank=rank)

@@ -394,7 +394,7 @@ MEMORY = {  # the same numbers elsewhere, as trainings leave them
     "transposed": each(lambda t: t.t().contiguous().t(), 2),
     "in one storage": in_one_storage,
     "expanded": lambda tensors: tensors | {"backbone.fc.bias": torch.ones(()).expand(10)},
-    "tied": lambda tensors: tensors | {"mixer.expand.bias": tensors["mixer.gain"]},
+    "tied": lambda tensors: tensors | {"mixer.taps.expand.bias": tensors["mixer.taps.gain"]},
     "parameters": each(torch.nn.Parameter),
     "bfloat16": each(torch.Tensor.bfloat16),
 }
@@ -415,7 +415,7 @@ def test_tensors_may_lie_in_any_memory(run, packer, kind):
 @pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "float32"), (float("inf"), "bfloat16"), (1e5, "float16")])
 def test_what_a_type_cannot_hold_is_refused(run, packer, value, dtype):
     saved = read_checkpoint(run.folder)
-    tensors = saved.tensors | {"mixer.gain": torch.full_like(saved.tensors["mixer.gain"], value)}
+    tensors = saved.tensors | {"mixer.taps.gain": torch.full_like(saved.tensors["mixer.taps.gain"], value)}
     saved = dataclasses.replace(saved, tensors=tensors)
     refused(packer, rf"^mixer\.gain has values that are not finite in {dtype}\.$", saved, dtype=dtype)
 
@@ -506,7 +506,7 @@ def test_a_pickle_that_runs_code_is_refused(run, tmp_path, where):
     elif where == "args":
         torch.save(saved | {"args": argparse.Namespace(**vars(saved["args"]), more=Malice(marker))}, path)
     else:
-        torch.save(saved | {"state_dict": {"mixer.gain": Malice(marker)}}, path)
+        torch.save(saved | {"state_dict": {"mixer.taps.gain": Malice(marker)}}, path)
     with pytest.raises(PackingError, match=r"last\.pth\.tar cannot be read as a checkpoint \(") as error:
         read_checkpoint(tmp_path)
     assert "\n" not in str(error.value)

@@ -22,7 +22,7 @@ the accuracy and diverges, 10 does neither.
 """
 
 RANK = 64
-"""Of the linear layers, and of ConvMix's at least. An eighth of the few channels that nets for small images end with was
+"""Of the linear layers, ConvMix's at least. An eighth of the few channels that nets for small images end with was
 worse on a hold-out: 'single+rank8' in docs/evidence.md."""
 
 
