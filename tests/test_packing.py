@@ -217,7 +217,7 @@ def test_a_run_is_packed(run, packer):
 
 def run_args(model):
     return json.loads(
-        json.dumps(dict(in_chans=3, global_pool="avg", mixer="convmix", mixer_args=model.mixer.settings, stages=[0, 2]))
+        json.dumps(dict(in_chans=3, global_pool="avg", mixer="dual", mixer_args=model.mixer.settings, stages=[0, 2]))
     )
 
 
@@ -417,7 +417,7 @@ def test_what_a_type_cannot_hold_is_refused(run, packer, value, dtype):
     saved = read_checkpoint(run.folder)
     tensors = saved.tensors | {"mixer.taps.gain": torch.full_like(saved.tensors["mixer.taps.gain"], value)}
     saved = dataclasses.replace(saved, tensors=tensors)
-    refused(packer, rf"^mixer\.gain has values that are not finite in {dtype}\.$", saved, dtype=dtype)
+    refused(packer, rf"^mixer\.taps\.gain has values that are not finite in {dtype}\.$", saved, dtype=dtype)
 
 
 def test_a_checkpoint_of_ddp_and_of_the_compiler_is_read(run, tmp_path):
