@@ -465,16 +465,18 @@ def saliency_table(rows: Sequence[Saliency]) -> str:
 
 
 def view(rows: Sequence[Saliency]) -> str:
-    """Whether ConvMix's maps are wider and rest more on the object than the last stage's, in words."""
+    """Whether ConvMix's maps are wider and rest more on the object than the last stage's, in words; '' if not measured."""
     signs: dict[str, list[int]] = {"energy": [], "area": []}
     for by_scheme in by_layer(rows).values():
         base, own = by_scheme.get(LAST, {}), by_scheme.get(CONVMIX, {})
         seeds = sorted(base.keys() & own.keys())
-        for name, found in signs.items():
+        for name, found in signs.items() if seeds else ():
             difference = Difference(tuple(getattr(own[seed], name) - getattr(base[seed], name) for seed in seeds))
-            low, high = (difference.interval() if seeds else None) or (0, 0)
+            low, high = difference.interval() or (0, 0)
             found.append((low > 0) - (high < 0))
     energy, area = signs["energy"], signs["area"]
+    if not energy:
+        return ""
     wider = sum(e > 0 and a > 0 for e, a in zip(energy, area, strict=True))
     return (
         f"Grad-CAM of ConvMix against the last stage's, at {len(energy)} layers (by the 95 % interval of the paired"

@@ -423,5 +423,6 @@ def test_the_view_in_words():
     assert "the object's box at 2, less at 1; the map is wider at 2, narrower at 1." in text
     assert text.endswith("only where the energy in the box rises too: at 1.")
     assert text in report.summary([], rows)
+    assert report.view([row for row in rows if row.scheme == "last"]) == ""
     narrower = report.view([row for row in rows if row.layer != "a"])
     assert narrower.endswith("at 0. These runs do not show the wider view that the paper reports.")
