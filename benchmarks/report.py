@@ -465,7 +465,7 @@ def saliency_table(rows: Sequence[Saliency]) -> str:
 
 
 def view(rows: Sequence[Saliency]) -> str:
-    """Whether ConvMix's maps are wider and rest more on the object than the last stage's, in words; '' if not measured."""
+    """Whether ConvMix's maps are wider and rest more on the object than the last stage's, in words; '' without runs."""
     signs: dict[str, list[int]] = {"energy": [], "area": []}
     for by_scheme in by_layer(rows).values():
         base, own = by_scheme.get(LAST, {}), by_scheme.get(CONVMIX, {})

@@ -27,7 +27,7 @@ def check(name):
         own, plain = names_of(config[key]), names_of(model.backbone.pretrained_cfg[key])
         assert own == [f"backbone.{name}" for name in plain]
     added = sum(p.numel() for p in model.mixer.parameters()) / sum(p.numel() for p in model.backbone.parameters())
-    limit = 0.17 if name.startswith("convmix_test_") else 0.10  # timm's models for its own tests are smaller than any net
+    limit = 0.17 if name.startswith("convmix_test_") else 0.10  # of timm's own tests: smaller than any real net
     assert added <= limit, f"the mixer adds {added:.1%} parameters"
 
 
