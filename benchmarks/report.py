@@ -494,8 +494,8 @@ FIGURE = "Differences of top-1 to the last stage and to the control: a bar a see
 EXPLANATION = (
     "Mean ± standard error over seeds, of the last epoch on the test images; differences are paired by seed, with their"
     " 95 % bootstrap interval (BCa). p: exact sign-flip test, corrected by Holm's method for the two tests declared"
-    " beforehand; bold where a difference is claimed. The control is the same mixer on the deepest stage alone, of as"
-    " many parameters."
+    " beforehand; bold where a difference is claimed. The control is one branch of the mixer on the deepest stage"
+    " alone, of as many parameters."
 )
 
 

@@ -1,7 +1,7 @@
 """The ways to use a backbone's stages that are compared: ConvMix, its variants, its control, and its peers.
 
 A scheme's name is one of ``PEERS``, or ``convmix``, or changes to it from ``CHANGES``, joined by '+' (``grid+full``);
-``control`` and ``control-CHANGES`` are the same mixer on the deepest stage alone, of as many parameters. ``ALL`` lists
+``control`` and ``control-CHANGES`` are one branch on the deepest stage alone, of as many parameters. ``ALL`` lists
 what ``python -m benchmarks.accuracy --schemes all`` runs.
 
 Importing this module adds ``variant``, ``single_variant`` and ``scalar`` to ``timm_convmix.MIXERS``; the package itself
