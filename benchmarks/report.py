@@ -248,11 +248,12 @@ def verdicts(condition: Condition) -> dict[str, Verdict]:
 
 def answers(conditions: Sequence[Condition]) -> str:
     """The two declared tests over all settings, in words."""
-    words = {1: "higher", -1: "lower", 0: "not shown to differ"}
+    words = {1: "higher", -1: "lower", 0: "not shown to differ", None: "not tested yet (too few seeds)"}
     sentences = []
     for base in TESTS:
-        found = [verdict.claim for condition in conditions if (verdict := verdicts(condition).get(base))]
-        counts = [f"{words[claim]} in {found.count(claim)}" for claim in words if claim in found]
+        made = [verdict for condition in conditions if (verdict := verdicts(condition).get(base))]
+        found = [None if verdict.p is None else verdict.claim for verdict in made]
+        counts = [f"{word} in {found.count(claim)}" for claim, word in words.items() if claim in found]
         if found:
             settings = f"{len(found)} setting{'s' * (len(found) > 1)}"
             sentences.append(f"Against the {NAMES[base]}, ConvMix's accuracy is {', '.join(counts)} of {settings}.")
@@ -285,7 +286,7 @@ def all_runs(conditions: Iterable[Condition]) -> list[Run]:
 
 
 def claims(conditions: Sequence[Condition]) -> str:
-    """The two declared tests, a line a setting."""
+    """The two declared tests, a line a setting; means over the seeds that ConvMix was run with."""
     header = ["", "seeds", *(f"{NAMES[scheme]}, %" for scheme in (LAST, CONTROL, CONVMIX))]
     header += ["to last stage, points", "p", "to control, points", "p", "error reduction, %"]
     lines = []
@@ -295,7 +296,9 @@ def claims(conditions: Sequence[Condition]) -> str:
         texts = verdicts(condition)
         cells = [title(condition.settings), str(len(condition.seeds(CONVMIX, LAST)))]
         cells += [
-            show_mean(condition.values(scheme)) if scheme in condition.runs else ""
+            show_mean([condition.runs[scheme][seed].top1 for seed in seeds])
+            if (seeds := condition.seeds(scheme, CONVMIX))
+            else ""
             for scheme in (LAST, CONTROL, CONVMIX)
         ]
         for base in TESTS:

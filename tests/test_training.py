@@ -145,7 +145,7 @@ def test_a_warm_start_learns_to_mix_at_fine_tuning_rates(run, digits, tmp_path):
     with torch.no_grad():
         final, mixed = model.backbone.forward_features(x), model.forward_features(x)
     share = ((mixed - final).mean((2, 3)).norm() / final.mean((2, 3)).norm()).item()
-    nn.init.zeros_(model.mixer.taps.gain)
+    model.mixer.start_as_identity()
     _, plain_loss = evaluate(model, validation)
     assert share > 0.005  # 0.001 where the warm start does not widen what the gain multiplies
     assert mixed_loss < plain_loss

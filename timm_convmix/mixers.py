@@ -161,7 +161,7 @@ class DualConvMix(Mixer):
     """Two ConvMix side by side, one of the taps and one of the final map itself; the default.
 
     ``final + mix(taps) + mix(final)``, each ``mix`` with norms, a linear layer, an activation and a gain of its own.
-    Chosen on a hold-out over the taps alone ('single' in docs/evidence.md) and over all of it in one ('one_branch').
+    Chosen on a hold-out over the taps alone: 'single' in docs/evidence.md.
 
     Args:
         in_channels: Position of each tapped stage -> its channels, shallow to deep.
