@@ -55,39 +55,42 @@ def trained() -> Iterable[Sequence[Any]]:
 
 
 def draw_mixing() -> None:
-    """The diagram of the module: stages, pooled and normalised, one linear map, added to the final map."""
+    """The diagram of the module: one branch reads the tapped stages, one the final map; both are added to it."""
     mpl.rcParams["svg.hashsalt"] = "timm-convmix"  # the same file from the same code
-    figure, axes = plt.subplots(figsize=(10, 4.3))
-    axes.set(xlim=(0, 90), ylim=(0, 39))
+    figure, axes = plt.subplots(figsize=(10, 4.5))
+    axes.set(xlim=(0, 99), ylim=(-2, 39))
     axes.axis("off")
 
-    def box(x: float, y: float, width: float, height: float, text: str, colour: str) -> None:
-        style = dict(boxstyle="round,pad=0.3", facecolor=colour, edgecolor="#334155", linewidth=1)
-        axes.add_patch(FancyBboxPatch((x, y), width, height, **style))
-        axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=8)
+    def box(x: float, y: float, width: float, text: str, colour: str) -> None:
+        style: dict[str, Any] = dict(boxstyle="round,pad=0.3", facecolor=colour, edgecolor="#334155", linewidth=1)
+        axes.add_patch(FancyBboxPatch((x, y), width, 7, **style))
+        axes.text(x + width / 2, y + 3.5, text, ha="center", va="center", fontsize=8)
 
-    def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
-        axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, color="#334155", linewidth=1))
+    def arrow(*points: tuple[float, float]) -> None:
+        *bends, end = points
+        axes.plot(*zip(*bends, strict=True), color="#334155", linewidth=1)
+        head: dict[str, Any] = dict(arrowstyle="-|>", mutation_scale=11, shrinkA=0, color="#334155", linewidth=1)
+        axes.add_patch(FancyArrowPatch(bends[-1], end, **head))
 
-    stages = [("stage 1\n64 x 56 x 56", 13), ("stage 2\n128 x 28 x 28", 28), ("stage 3\n256 x 14 x 14", 43)]
-    box(1, 28, 8, 7, "image", "#f1f5f9")
-    for (text, x), before in zip(stages, (9, 23, 38), strict=True):
-        box(x, 28, 10, 7, text, "#bfdbfe")
-        arrow((before + 0.3, 31.5), (x - 0.3, 31.5))
-        box(x, 15, 10, 7, "mean over\nthe grid,\nlayer norm", "#fde68a")
-        arrow((x + 5, 27.6), (x + 5, 22.5))
-        arrow((x + 5, 14.6), (x + 5, 9))
-    box(58, 28, 12, 7, "final map\n512 x 7 x 7", "#bfdbfe")
-    arrow((53.3, 31.5), (57.7, 31.5))
-    box(13, 2, 40, 6.5, "concatenate: 64 + 128 + 256 numbers", "#fde68a")
-    box(58, 2, 12, 6.5, "linear,\nReLU", "#fde68a")
-    arrow((53.4, 5.2), (57.6, 5.2))
-    arrow((64, 9), (64, 14.5))
-    box(58, 15, 12, 7, "x gain of\nthe channel", "#fde68a")
-    arrow((64, 22.5), (64, 27.5))
-    axes.text(65, 25, "added to every cell", fontsize=8, va="center")
-    box(76, 28, 12, 7, "timm's head", "#f1f5f9")
-    arrow((70.4, 31.5), (75.6, 31.5))
+    maps = [("stage 1\n64 x 56 x 56", 13), ("stage 2\n128 x 28 x 28", 28), ("stage 3\n256 x 14 x 14", 43)]
+    maps.append(("final map\n512 x 7 x 7", 60))
+    box(1, 30, 8, "image", "#f1f5f9")
+    for (text, x), before in zip(maps, (9, 23, 38, 53), strict=True):
+        box(x, 30, 10, text, "#bfdbfe")
+        arrow((before + 0.4, 33.5), (x - 0.4, 33.5))
+        box(x, 16, 10, "mean over\nthe grid,\nlayer norm", "#fde68a")
+        arrow((x + 5, 29.6), (x + 5, 23.4))
+        arrow((x + 5, 15.6), (x + 5, 9.4))
+    box(13, 2, 40, "concatenate 64 + 128 + 256 numbers;\nlinear, ReLU, x gain of the channel", "#fde68a")
+    box(60, 2, 10, "linear,\nReLU, x gain", "#fde68a")
+    axes.text(79, 33.5, "+", fontsize=15, ha="center", va="center")
+    axes.plot(79, 33.5, "o", markersize=21, markerfacecolor="none", markeredgecolor="#334155")
+    arrow((70.4, 33.5), (76.7, 33.5))
+    arrow((81.3, 33.5), (86.6, 33.5))
+    arrow((70.4, 5.5), (79, 5.5), (79, 30.3))
+    arrow((33, 1.6), (33, -1), (79, -1), (79, 5.5), (79, 30.3))
+    axes.text(80, 18, "the same number\nfor every cell\nof a channel", fontsize=8, va="center")
+    box(87, 30, 11, "timm's head", "#f1f5f9")
     figure.savefig(GENERATED / "mixing.svg", bbox_inches="tight", metadata={"Date": None})
     figure.savefig(GENERATED / "mixing.png", bbox_inches="tight", dpi=110)
     plt.close(figure)
