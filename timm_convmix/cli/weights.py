@@ -7,17 +7,20 @@ from typing import Any
 from timm.utils import ParseKwargs
 
 from timm_convmix.errors import ConvMixError
+from timm_convmix.weights.manifest import read_manifest
 from timm_convmix.weights.packing import DTYPES, Images, pack, read_checkpoint
 from timm_convmix.weights.publishing import publish
+from timm_convmix.weights.rebuilding import rebuild
 from timm_convmix.weights.verifying import pull, select, verify
 
 
 def add_verbs(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add ``pack``, ``publish``, ``verify`` and ``pull``."""
+    """Add ``pack``, ``publish``, ``verify``, ``pull`` and ``rebuild``."""
     _add_pack(verbs)
     _add_publish(verbs)
     _add_verify(verbs)
     _add_pull(verbs)
+    _add_rebuild(verbs)
 
 
 def _add_manifest(parser: argparse.ArgumentParser) -> None:
@@ -198,6 +201,49 @@ def _add_pull(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 def run_pull(args: argparse.Namespace) -> tuple[list[dict[str, Any]], int]:
     """Pull; a row an entry, and 1 if one is not ok."""
     return _judged(pull(args.names, manifest=args.manifest, cache_dir=args.cache_dir))
+
+
+def _add_rebuild(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = verbs.add_parser(
+        "rebuild",
+        help="a weight of the manifest, trained anew from its recipe and seed",
+        description="Train a weight of the manifest anew with timm's train.py, by the recipe and the seed that its\n"
+        "record holds, its paired baseline first, and pack both into DIR. On the same machine with the same versions\n"
+        "the accuracy comes out alike; elsewhere it differs as between two seeds.",
+        epilog="examples:\n"
+        "  timm-convmix rebuild convmix_tiny_cifar.cifar10 --script pytorch-image-models/train.py --data DATA\n",
+    )
+    parser.add_argument("name", metavar="NAME", help="convmix_ARCH.TAG of the manifest")
+    parser.add_argument("--script", required=True, metavar="FILE", help="train.py of a checkout of timm")
+    parser.add_argument("--data", required=True, metavar="DIR", help="the images of the record, as SPLIT/CLASS/*")
+    parser.add_argument("--output", metavar="DIR", default="rebuilt", help="runs and packed folders (default: rebuilt)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read images (default: 0)")
+    _add_manifest(parser)
+    parser.set_defaults(run=run_rebuild)
+
+
+def run_rebuild(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Rebuild; a row a weight says what it measures now and what its record says."""
+    recorded = read_manifest(args.manifest)
+    rebuilt = rebuild(
+        args.name,
+        script=args.script,
+        data_dir=args.data,
+        output=args.output,
+        manifest=args.manifest,
+        workers=args.workers,
+        quiet=args.quiet,
+    )
+    return [
+        dict(
+            name=name,
+            folder=f"{args.output}/{name}",
+            top1=round(record.metrics.top1, 4),
+            recorded=round(recorded[name].metrics.top1, 4),
+            same_bytes=record.sha256 == recorded[name].sha256,
+        )
+        for name, record in rebuilt.items()
+    ]
 
 
 def _judged(rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:

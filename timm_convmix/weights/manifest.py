@@ -128,7 +128,7 @@ class WeightRecord(Checked):
     """One weight: where it is, what its bytes are, what it was made from and what it measured.
 
     ``packed`` is trained and verified, on no Hub yet; ``published`` names a repository and the commit that holds it.
-    ``embedded`` names a file inside this package that holds the same bytes.
+    ``embedded`` names a file inside this package that holds the same bytes. ``dtype`` is that of the stored tensors.
     """
 
     state: Literal["packed", "published"]
@@ -138,6 +138,7 @@ class WeightRecord(Checked):
     hub_id: HubId | None = None
     revision: Revision | None = None
     embedded: Filename | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
     model_args: dict[str, Any]
     num_classes: Positive

@@ -265,6 +265,7 @@ def pack(
             sha256=digest.sha256,
             bytes=digest.bytes,
             embedded=f"{name}.safetensors" if embed else None,
+            dtype=dtype,  # type: ignore[arg-type]  # checked above
             model_args=rebuild_args(source),
             num_classes=len(labels),
             label_names=tuple(labels),
