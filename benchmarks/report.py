@@ -181,7 +181,9 @@ def title(settings: Settings) -> str:
         words.append(f"{settings.images} images")
     words.append(f"{settings.size} px, {settings.arch}, {settings.epochs} epochs")
     if settings.init:
-        words.append(f"{'linear probe' if settings.freeze else 'fine-tuned'} from {settings.init}")
+        start = Path(settings.init)
+        nets = f"the nets of {start.parent}" if "{scheme}" in start.name else str(start)
+        words.append(f"{'linear probe' if settings.freeze else 'fine-tuned'} from {nets}")
     return ", ".join(words)
 
 
@@ -420,20 +422,22 @@ def trends(series: Sequence[Series]) -> str:
 
 def robustness_table(rows: Sequence[Robustness]) -> str:
     """Accuracy under each corruption, the mean over severities, and the paired difference to the last stage."""
-    scores: dict[tuple[Settings, str, str], dict[int, list[float]]] = {}
+    scores: dict[tuple[Settings, str], dict[str, dict[int, list[float]]]] = {}
     for row in rows:
-        key = (shared_settings(row), row.corruption, row.scheme)
-        scores.setdefault(key, {}).setdefault(row.seed, []).append(row.top1)
-    means = {key: {seed: mean(values) for seed, values in by_seed.items()} for key, by_seed in scores.items()}
+        by_scheme = scores.setdefault((shared_settings(row), row.corruption), {})
+        by_scheme.setdefault(row.scheme, {}).setdefault(row.seed, []).append(row.top1)
     lines = []
-    for (settings, corruption, scheme), by_seed in means.items():
-        base = means.get((settings, corruption, LAST), {})
-        pairs = tuple(by_seed[seed] - base[seed] for seed in sorted(by_seed.keys() & base.keys()))
-        difference = show_difference(Difference(pairs)) if pairs and scheme != LAST else ""
+    for (settings, corruption), by_scheme in scores.items():
+        means = {
+            scheme: {seed: mean(values) for seed, values in by_seed.items()} for scheme, by_seed in by_scheme.items()
+        }
+        base = means.get(LAST, {})
         name = "clean" if corruption == CLEAN else corruption
-        lines.append(
-            [f"{title(settings)}: {name}", scheme, str(len(by_seed)), show_mean(list(by_seed.values())), difference]
-        )
+        for scheme, by_seed in means.items():
+            pairs = tuple(by_seed[seed] - base[seed] for seed in sorted(by_seed.keys() & base.keys()))
+            difference = show_difference(Difference(pairs)) if pairs and scheme != LAST else ""
+            cells = [scheme, str(len(by_seed)), show_mean(list(by_seed.values())), difference]
+            lines.append([f"{title(settings)}: {name}", *cells])
     return markdown(["", "scheme", "seeds", "top-1, %", "to last stage, points"], lines) if lines else ""
 
 

@@ -136,6 +136,7 @@ class SingleVariant(Mixer):
             remains: tap the deepest stage then.
         gain: What each channel's gain starts with.
         drop_tap: Chance that a tap is left out for an image while training; the others are scaled up.
+        decay: Decay the weights of the linear layers, where the optimizer decays any.
         device: Where the parameters are made.
         dtype: Of the parameters.
 
@@ -146,7 +147,7 @@ class SingleVariant(Mixer):
     gain: nn.Parameter
     pool: Callable[[Tensor], Tensor]
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (a choice each)
         self,
         in_channels: Mapping[int, int],
         out_channels: int,
@@ -159,6 +160,7 @@ class SingleVariant(Mixer):
         residual: bool = True,
         gain: float = 1.0,
         drop_tap: float = 0.0,
+        decay: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -173,7 +175,7 @@ class SingleVariant(Mixer):
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         like: Any = create_mixer("convmix", in_channels, out_channels, rank=rank, **dd)
         self.settings = like.settings | dict(
-            grid=grid, norm=norm, pool=pool, act=act, residual=residual, gain=gain, drop_tap=drop_tap
+            grid=grid, norm=norm, pool=pool, act=act, residual=residual, gain=gain, drop_tap=drop_tap, decay=decay
         )
         self.norms = nn.ModuleDict({str(stage): NORMS[norm](c, **dd) for stage, c in in_channels.items()})
         self.reduce, self.expand, self.gain = like.reduce, like.expand, like.gain
@@ -186,6 +188,10 @@ class SingleVariant(Mixer):
         """Mix; shapes as in ``Mixer.forward``."""
         mix = self.mix(taps, final)
         return final + mix if self.residual else mix.expand_as(final)
+
+    def no_weight_decay(self) -> set[str]:
+        """None, or all."""
+        return undecayed(self)
 
     def mix(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """What is added to the final map: (B, out_channels, H, W), or (B, out_channels, 1, 1)."""
@@ -209,6 +215,11 @@ class SingleVariant(Mixer):
         if not self.residual:
             raise MixerError(NO_IDENTITY)
         nn.init.zeros_(self.gain)
+
+
+def undecayed(variant: Mixer) -> set[str]:
+    """Names of a variant's parameters that are not decayed."""
+    return set() if variant.settings["decay"] else {name for name, _ in variant.named_parameters()}
 
 
 class Variant(Mixer):
@@ -247,6 +258,10 @@ class Variant(Mixer):
         """Mix; shapes as in ``Mixer.forward``."""
         mix = self.taps.mix(taps, final) + self.final.mix([final], final)
         return final + mix if self.residual else mix.expand_as(final)
+
+    def no_weight_decay(self) -> set[str]:
+        """None, or all."""
+        return undecayed(self)
 
     def start_as_identity(self) -> None:
         """Both do.
@@ -478,6 +493,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gain0.1": dict(gain=0.1),
     # regularisation: none by default
     "drop_tap": dict(drop_tap=0.2),
+    # weight decay: that of every linear layer by default
+    "no_decay": dict(decay=False),
 }
 CONTROL = "control"
 ALL = (*PEERS, CONTROL, *CHANGES)

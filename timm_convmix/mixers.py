@@ -54,6 +54,10 @@ class Mixer(nn.Module):
         """Set the parameters so that ``final`` comes out unchanged while every parameter can still learn."""
         raise NotImplementedError
 
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that timm's optimizers shall not decay, besides the one-dimensional ones."""
+        return set()
+
 
 def check_rank(rank: int, mixer: str) -> None:
     """Refuse what is no rank.

@@ -177,9 +177,9 @@ class ConvMixNet(nn.Module):
         return lambda name: depth.get(name, top)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the backbone's parameters that its authors exempt from weight decay."""
+        """Names of the parameters that the authors of the backbone, or the mixer, exempt from weight decay."""
         names = self.backbone.no_weight_decay() if hasattr(self.backbone, "no_weight_decay") else ()
-        return {MODULE_PREFIX + name for name in names}
+        return {MODULE_PREFIX + name for name in names} | {f"mixer.{name}" for name in self.mixer.no_weight_decay()}
 
     # From an image to logits --------------------------------------------------------------------------------------
 
