@@ -13,6 +13,7 @@ import timm
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
+from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
@@ -329,6 +330,16 @@ def test_a_tap_is_dropped_while_training_only():
     taps, final = [torch.ones(64, 4, 2, 2), 10 * torch.ones(64, 4, 2, 2)], torch.zeros(64, 8, 1, 1)
     assert set(mixer.train()(taps, final).flatten().tolist()) == {0.0, 8.0, 80.0, 88.0}
     assert set(mixer.eval()(taps, final).flatten().tolist()) == {44.0}
+
+
+@pytest.mark.parametrize(("scheme", "decayed"), [("gelu", 4), ("no_decay", 0), ("single+no_decay", 0), ("convmix", 4)])
+def test_what_no_decay_exempts(scheme, decayed):
+    model = schemes.build("tiny_cifar", scheme, num_classes=10, seed=0)
+    of_mixer = {id(parameter) for parameter in model.mixer.parameters()}
+    groups = create_optimizer_v2(model, "sgd", lr=0.1, weight_decay=5e-4).param_groups
+    found = [p for group in groups if group["weight_decay"] for p in group["params"]]
+    assert sum(id(p) in of_mixer for p in found) == decayed
+    assert len(found) > decayed
 
 
 def test_mixers_start_as_identities():
