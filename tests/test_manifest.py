@@ -115,6 +115,7 @@ def entries(draw, *, full=False):
     optional = {
         "filename": filename,
         "embedded": filename if full else filename | st.none(),
+        "dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
         "baseline": st.fixed_dictionaries({"name": name, "metrics": metrics}),
         "base": st.fixed_dictionaries({"name": line, "license": line}),
     }
@@ -147,7 +148,7 @@ def test_what_is_written_is_what_is_read(weights):
     written = json.loads(text)["weights"]
     assert list(written) == sorted(weights)
     for key, stated in weights.items():
-        default = {"filename": "model.safetensors"}
+        default = {"filename": "model.safetensors", "dtype": "float32"}
         opaque = {part: stated[part] for part in ("model_args", "recipe", "versions")}  # None inside stays
         assert without_absent(written[key] | opaque) == without_absent(default | stated)
         assert {part: written[key][part] for part in opaque} == opaque
@@ -193,7 +194,7 @@ def drop(path):
 
 KINDS = {
     "text": "state filename sha256 hub_id revision embedded interpolation dataset.name dataset.split dataset.checksum "
-    "dataset.source dataset.revision hardware license date label_names.0 baseline.name base.name base.license",
+    "dataset.source dataset.revision hardware license date dtype label_names.0 baseline.name base.name base.license",
     "integer": "bytes num_classes input_size.0 input_size.2 metrics.count baseline.metrics.count probe.classes.0 "
     "seeds.0 epochs",
     "number": "mean.0 std.1 crop_pct metrics.top1 metrics.top5 metrics.loss baseline.metrics.loss probe.logits.0 "
@@ -281,6 +282,7 @@ for key, item in {
     "input_size.1": 0,
     "probe.tolerance": -1e-9,
     "state": "local",
+    "dtype": "int8",
     "input_size": [3, 64],
 }.items():
     FAULTS[f"{key} is {item}"] = put(key, item), key, True
@@ -312,6 +314,7 @@ def whole():
         revision=COMMIT,
         filename="model.safetensors",
         embedded="small.safetensors",
+        dtype="float16",
         baseline={"name": "convmix_test_resnet.plain", "metrics": metrics},
         base={"name": "resnet18.a1_in1k", "license": "apache-2.0"},
         dataset=entry()["dataset"] | {"source": "https://example.org", "revision": "v1"},

@@ -17,7 +17,7 @@ LAYERS = [  # a module imports from lines above its own only
     {"stages", "mixers", "stems", "weights.manifest", "weights.hub"},
     {"model", "weights.loading", "weights.measuring", "weights.card", "datasets"},
     {"weights.packing", "weights.verifying"},
-    {"weights.publishing"},
+    {"weights.publishing", "weights.rebuilding"},
     {"convmix"},
     {"prediction", "saliency"},
     {"inspection"},
