@@ -117,3 +117,15 @@ def published(packed, forks, tmp_path_factory):
     return SimpleNamespace(
         package=root / "package", manifest=desk.manifest, repo=repo, record=desk.record, logits=logits
     )
+
+
+@pytest.fixture(scope="session")
+def few(digits, tmp_path_factory):
+    """Two images a class and split, for what does not depend on how many there are."""
+    folder = tmp_path_factory.mktemp("few") / "few"
+    for split in ("train", "validation"):
+        for label in "0123456789":
+            (folder / split / label).mkdir(parents=True)
+            for path in sorted(Path(digits, split, label).iterdir())[:2]:
+                (folder / split / label / path.name).write_bytes(path.read_bytes())
+    return folder

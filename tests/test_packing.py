@@ -138,18 +138,6 @@ def changed(run, folder, summary=None, **args):
     return folder
 
 
-@pytest.fixture(scope="module")
-def few(digits, tmp_path_factory):
-    """Two images a class and split, for what does not depend on how many there are."""
-    folder = tmp_path_factory.mktemp("few") / "few"
-    for split in ("train", "validation"):
-        for label in "0123456789":
-            (folder / split / label).mkdir(parents=True)
-            for path in sorted(Path(digits, split, label).iterdir())[:2]:
-                (folder / split / label / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
 @pytest.fixture
 def packer(few, tmp_path):
     """Pack into folders of the test's own; on few images what the run claims of all of them is left out."""

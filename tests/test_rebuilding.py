@@ -45,18 +45,6 @@ RECIPE = dict(model="convmix_test_resnet", num_classes=10, img_size=32, seed=3, 
 
 
 @pytest.fixture(scope="module")
-def images(digits, tmp_path_factory):
-    """Two images a class and split."""
-    folder = tmp_path_factory.mktemp("few") / "few"
-    for split in ("train", "validation"):
-        for label in "0123456789":
-            (folder / split / label).mkdir(parents=True)
-            for path in sorted(Path(digits, split, label).iterdir())[:2]:
-                shutil.copy(path, folder / split / label)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def script(tmp_path_factory):
     path = tmp_path_factory.mktemp("script") / "train.py"
     path.write_text(STAND_IN)
@@ -64,8 +52,8 @@ def script(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pair(script, images, tmp_path_factory):
-    return released(script, images, tmp_path_factory.mktemp("pair")).read_text()
+def pair(script, few, tmp_path_factory):
+    return released(script, few, tmp_path_factory.mktemp("pair")).read_text()
 
 
 @pytest.fixture
@@ -76,19 +64,19 @@ def manifest(pair, tmp_path):
     return path
 
 
-def released(script, images, folder, *, recipe=RECIPE):
+def released(script, few, folder, *, recipe=RECIPE):
     """A pair that ``script`` trained, packed: the manifest."""
     manifest = folder / "released.json"
     for name, mixer in ((PLAIN, "none"), (NAME, "dual")):
         config = folder / "config.yaml"
         config.write_text(json.dumps(recipe | dict(model_kwargs=dict(mixer=mixer))))
-        places = ["-c", config, "--data-dir", images, "--output", folder / "first", "--experiment", name]
+        places = ["-c", config, "--data-dir", few, "--output", folder / "first", "--experiment", name]
         command = [sys.executable, "-m", "timm_convmix", "run", script, *places]
         subprocess.run(list(map(str, command)), check=True, capture_output=True)
         pack(
             read_checkpoint(folder / "first" / name),
             name=name,
-            images=Images(data_dir=images, source="scikit-learn"),
+            images=Images(data_dir=few, source="scikit-learn"),
             output=folder / "packed",
             manifest=manifest,
             dtype="bfloat16",
@@ -98,9 +86,9 @@ def released(script, images, folder, *, recipe=RECIPE):
     return manifest
 
 
-def test_a_pair_is_rebuilt(script, images, manifest, tmp_path, capfd):
+def test_a_pair_is_rebuilt(script, few, manifest, tmp_path, capfd):
     output = tmp_path / "rebuilt"
-    arguments = ["rebuild", NAME, "--script", str(script), "--data", str(images), "--manifest", str(manifest)]
+    arguments = ["rebuild", NAME, "--script", str(script), "--data", str(few), "--manifest", str(manifest)]
     arguments += ["--output", str(output), "--json"]
     before = manifest.read_bytes()
     capfd.readouterr()
@@ -134,9 +122,9 @@ def test_a_pair_is_rebuilt(script, images, manifest, tmp_path, capfd):
     ],
 )
 def test_what_cannot_be_rebuilt_is_refused_before_any_training(
-    change, error, message, script, images, digits, manifest, tmp_path
+    change, error, message, script, few, digits, manifest, tmp_path
 ):
-    arguments = dict(name=NAME, script=script, data_dir=images, output=tmp_path / "rebuilt", manifest=manifest)
+    arguments = dict(name=NAME, script=script, data_dir=few, output=tmp_path / "rebuilt", manifest=manifest)
     arguments |= {key: digits if value == "digits" else value for key, value in change.items()}
     with pytest.raises(error, match=message) as raised:
         rebuild(**arguments)
@@ -144,35 +132,47 @@ def test_what_cannot_be_rebuilt_is_refused_before_any_training(
     assert not (tmp_path / "rebuilt").exists()
 
 
-def test_a_start_that_the_recipe_does_not_name_is_refused(script, images, manifest, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            dict(base=dict(name="mine.safetensors", license="mit")),
+            r"was trained from a file \(mine\.safetensors\): train",
+        ),
+        (dict(recipe=RECIPE | dict(world_size=4)), "was trained by 4 processes: train it with"),
+        (dict(recipe=dict(seed=3)), r"was packed without the arguments of train\.py: train it with"),
+    ],
+)
+def test_a_recipe_that_does_not_say_all_is_refused(change, message, script, few, manifest, tmp_path):
     data = json.loads(manifest.read_text())
-    data["weights"][NAME]["base"] = dict(name="mine.safetensors", license="mit")
+    data["weights"][NAME] |= change
     manifest.write_text(json.dumps(data))
-    with pytest.raises(PackingError, match=r"was trained from a file \(mine\.safetensors\)"):
-        rebuild(NAME, script=script, data_dir=images, output=tmp_path / "rebuilt", manifest=manifest)
+    with pytest.raises(PackingError, match=f"{NAME} {message}"):
+        rebuild(NAME, script=script, data_dir=few, output=tmp_path / "rebuilt", manifest=manifest)
+    assert not (tmp_path / "rebuilt").exists()
 
 
 @pytest.mark.parametrize("quiet", [False, True])
-def test_a_failed_training_is_said(quiet, script, images, manifest, tmp_path, capfd):
+def test_a_failed_training_is_said(quiet, script, few, manifest, tmp_path, capfd):
     data = json.loads(manifest.read_text())
     for entry in data["weights"].values():
         entry["recipe"]["lr"] = 5.0
     manifest.write_text(json.dumps(data))
     reason = ": the loss is no number" if quiet else ""
     with pytest.raises(PackingError, match=rf"{PLAIN}: train\.py ended with exit code 1{reason}\.$"):
-        rebuild(NAME, script=script, data_dir=images, output=tmp_path / "out", manifest=manifest, quiet=quiet)
+        rebuild(NAME, script=script, data_dir=few, output=tmp_path / "out", manifest=manifest, quiet=quiet)
     assert ("the loss is no number" in capfd.readouterr().err) is not quiet
     assert not (tmp_path / "out" / PLAIN).exists()
 
 
 @pytest.mark.skipif(not SCRIPTS, reason="set TIMM_SCRIPTS to a folder with timm's train.py (it is not in its wheel)")
-def test_the_real_train_py_makes_the_same_weights_again(images, tmp_path):
+def test_the_real_train_py_makes_the_same_weights_again(few, tmp_path):
     copy = Path(shutil.copy(Path(SCRIPTS) / "train.py", tmp_path))
     recipe = RECIPE | dict(epochs=1, warmup_epochs=0, cooldown_epochs=0, batch_size=10, validation_batch_size=20)
     recipe |= dict(workers=0, no_prefetcher=True, device="cpu", opt="sgd", device_modules=["timm_convmix"])
-    manifest = released(copy, images, tmp_path, recipe=recipe)
+    manifest = released(copy, few, tmp_path, recipe=recipe)
     script = Path(SCRIPTS) / "train.py"  # beside timm's source
-    rebuilt = rebuild(NAME, script=script, data_dir=images, output=tmp_path / "out", manifest=manifest, quiet=True)
+    rebuilt = rebuild(NAME, script=script, data_dir=few, output=tmp_path / "out", manifest=manifest, quiet=True)
     assert {name: record.sha256 for name, record in rebuilt.items()} == {
         name: record.sha256 for name, record in read_manifest(manifest).items()
     }

@@ -208,8 +208,8 @@ def _add_rebuild(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "rebuild",
         help="a weight of the manifest, trained anew from its recipe and seed",
         description="Train a weight of the manifest anew with timm's train.py, by the recipe and the seed that its\n"
-        "record holds, its paired baseline first, and pack both into DIR. On the same machine with the same versions\n"
-        "the accuracy comes out alike; elsewhere it differs as between two seeds.",
+        "record holds, its paired baseline first, and pack both into DIR. The rows say whether the bytes came out the\n"
+        "same; another machine or version may round otherwise, and training enlarges that.",
         epilog="examples:\n"
         "  timm-convmix rebuild convmix_tiny_cifar.cifar10 --script pytorch-image-models/train.py --data DATA\n",
     )

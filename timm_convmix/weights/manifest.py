@@ -62,6 +62,7 @@ Filename = Annotated[
 ]
 Text = Annotated[str, Pattern("text", r"[^\x00-\x1f]+")]
 Date = Annotated[str, Pattern("YYYY-MM-DD", r"[0-9]{4}-[0-9]{2}-[0-9]{2}")]
+Dtype = Literal["float32", "float16", "bfloat16"]
 Percent = Annotated[float, Range(0, 100)]
 Positive = Annotated[int, Range(1)]
 
@@ -138,7 +139,7 @@ class WeightRecord(Checked):
     hub_id: HubId | None = None
     revision: Revision | None = None
     embedded: Filename | None = None
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
 
     model_args: dict[str, Any]
     num_classes: Positive

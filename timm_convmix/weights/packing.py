@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import safetensors.torch
 import timm
@@ -39,6 +39,7 @@ from timm_convmix.weights.manifest import (
     Base,
     Baseline,
     Dataset,
+    Dtype,
     Name,
     WeightRecord,
     fit,
@@ -50,7 +51,7 @@ from timm_convmix.weights.measuring import dataset_checksum, evaluate, hardware,
 
 CARD_NAME = "README.md"
 RECIPE_NAME = "recipe.yaml"
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {name: getattr(torch, name) for name in get_args(Dtype)}
 PLACES = {
     "class_map",
     "config",

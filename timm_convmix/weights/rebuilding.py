@@ -49,53 +49,68 @@ def rebuild(
         Name -> new record, of the baseline and of what is paired to it.
 
     Raises:
-        PackingError: There is no such entry or script, the images are others, the training started from a file, or it
+        ManifestError: There is no such entry, or its baseline has none.
+        PackingError: There is no such script, the images are others, the recipe does not say all, or the training
             failed.
     """
-    record, script, output = select([name], manifest)[name], Path(script), Path(output)
+    script, output = Path(script), Path(output)
     if not script.is_file():
         raise PackingError(f"{script}: no such file; name train.py in a checkout of timm.")
-    if origin_of(record.recipe, None, record.license, name)[0] != record.base:
-        raise PackingError(f"{name} was trained from a file ({record.base and record.base.name}): train it by hand.")
-    checksum = dataset_checksum(open_dataset(data_dir, record.dataset.split, channels=record.input_size[0]))
-    if checksum != record.dataset.checksum:
-        raise PackingError(
-            f"{data_dir}: other images of the split {record.dataset.split!r} than those of {record.dataset.name} that"
-            f" {name} was measured on."
-        )
-    rebuilt: dict[str, WeightRecord] = {}
-    if record.baseline:
-        rebuilt = rebuild(
-            record.baseline.name,
-            script=script,
-            data_dir=data_dir,
+    baseline = select([name], manifest)[name].baseline
+    records = select([*([baseline.name] if baseline else []), name], manifest)
+    for each, record in records.items():
+        check(each, record, data_dir)
+    rebuilt = {}
+    for each, record in records.items():
+        run, dataset = output / "runs" / each, record.dataset
+        if not is_complete(run, record):
+            train(each, record, script=script, data_dir=data_dir, run=run, quiet=quiet)
+        rebuilt[each] = pack(
+            read_checkpoint(run),
+            name=each,
+            images=Images(
+                data_dir=data_dir,
+                split=dataset.split,
+                name=dataset.name,
+                source=dataset.source,
+                revision=dataset.revision,
+                workers=workers,
+            ),
             output=output,
-            manifest=manifest,
-            workers=workers,
+            manifest=output / MANIFEST_NAME,
+            dtype=record.dtype,
+            baseline=record.baseline.name if record.baseline else None,
+            license=record.license,
             quiet=quiet,
         )
-    run = output / "runs" / name
-    if not is_complete(run, record):
-        train(name, record, script=script, data_dir=data_dir, run=run, quiet=quiet)
-    rebuilt[name] = pack(
-        read_checkpoint(run),
-        name=name,
-        images=Images(
-            data_dir=data_dir,
-            split=record.dataset.split,
-            name=record.dataset.name,
-            source=record.dataset.source,
-            revision=record.dataset.revision,
-            workers=workers,
-        ),
-        output=output,
-        manifest=output / MANIFEST_NAME,
-        dtype=record.dtype,
-        baseline=record.baseline.name if record.baseline else None,
-        license=record.license,
-        quiet=quiet,
-    )
     return rebuilt
+
+
+def check(name: str, record: WeightRecord, data_dir: str | Path) -> None:
+    """Refuse what one process of train.py would not make again.
+
+    Args:
+        name: Of the record.
+        record: Whose recipe.
+        data_dir: The images.
+
+    Raises:
+        PackingError: The recipe is incomplete or of several processes, or the images are others.
+    """
+    recipe, by_hand = record.recipe, "train it with train.py yourself, and pack what it leaves"
+    if "model" not in recipe:
+        raise PackingError(f"{name} was packed without the arguments of train.py: {by_hand}.")
+    if origin_of(recipe, None, record.license, name)[0] != record.base:
+        raise PackingError(f"{name} was trained from a file ({record.base and record.base.name}): {by_hand}.")
+    if (processes := recipe.get("world_size", 1)) > 1:
+        raise PackingError(f"{name} was trained by {processes} processes: {by_hand}.")
+    if dataset_checksum(open_dataset(data_dir, record.dataset.split, channels=record.input_size[0])) != (
+        record.dataset.checksum
+    ):
+        raise PackingError(
+            f"{data_dir}: other images of the split {record.dataset.split!r} than those of {record.dataset.name} that"
+            f" {name} was measured on; take those of {record.dataset.source or 'its record'}."
+        )
 
 
 def is_complete(run: Path, record: WeightRecord) -> bool:
