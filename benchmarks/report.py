@@ -9,14 +9,15 @@ Declared before any run: in each setting ConvMix is tested against the last stag
 test images, by an exact sign-flip test of the paired differences, the two p values corrected by Holm's method; a
 difference is claimed where the corrected p is below 0.05 and the bootstrap interval excludes zero. Whether the
 relative reduction of the error grows along a series of settings is tested by Page's trend test with the seeds as
-blocks. A variant replaces the default mixer where its mean difference to it over the selection settings is the highest
-of those that meet the cost bars and more than two standard errors above zero. Everything else is description.
+blocks; images are varied at equal steps. A variant replaces the default mixer where its mean difference to it over the
+selection settings is the highest of those that meet the cost bars and more than two standard errors above zero.
+Everything else is description.
 """
 
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
@@ -45,6 +46,8 @@ TESTS = (LAST, CONTROL)
 RESAMPLES = 9999
 DIVISIONS = {"--seeds", "--schemes", "--save", "--results"}
 """Options by which several processes share a table; its lines say which seeds and schemes were run."""
+STARTS = {"{arch}-{scheme}-{seed}.safetensors": "the nets", "{arch}-last-{seed}.safetensors": "the plain nets"}
+"""What runs start from, by the name of the file."""
 NAMES = {LAST: "last stage", CONTROL: "control", CONVMIX: "ConvMix"}
 
 
@@ -182,7 +185,7 @@ def title(settings: Settings) -> str:
     words.append(f"{settings.size} px, {settings.arch}, {settings.epochs} epochs")
     if settings.init:
         start = Path(settings.init)
-        nets = f"the nets of {start.parent}" if "{scheme}" in start.name else str(start)
+        nets = f"{STARTS[start.name]} of {start.parent}" if start.name in STARTS else str(start)
         words.append(f"{'linear probe' if settings.freeze else 'fine-tuned'} from {nets}")
     return ", ".join(words)
 
@@ -385,26 +388,37 @@ class Series:
 
 
 def series_of(conditions: Sequence[Condition]) -> list[Series]:
-    """The declared series: class count, part of the training images, and size of a ResNet; all else equal."""
-    axes: dict[str, tuple[dict[str, Any], Callable[[Condition], float]]] = {
-        "number of classes": (dict(classes=0, images=0), lambda c: c.settings.classes),
-        "training images": (dict(fraction=0.0, images=0), lambda c: c.settings.images),
-        "parameters of a ResNet": (dict(arch=""), lambda c: c.params),
+    """The declared series, all else equal: class count, training images at equal steps, epochs, size of a ResNet."""
+    axes: dict[str, tuple[Callable[[Settings], Settings], Callable[[Condition], float]]] = {
+        "number of classes": (partial(replace, classes=0, images=0), lambda c: c.settings.classes),
+        "training images": (at_equal_steps, lambda c: c.settings.images),
+        "epochs": (partial(replace, epochs=0), lambda c: c.settings.epochs),
+        "parameters of a ResNet": (partial(replace, arch=""), lambda c: c.params),
     }
-    usable = [condition for condition in conditions if condition.reductions(LAST, CONVMIX)] if conditions else []
+    usable = [condition for condition in conditions if condition.reductions(LAST, CONVMIX)]
     found = []
-    for what, (ignored, position) in axes.items():
-        chosen = [c for c in usable if "arch" not in ignored or c.settings.arch.startswith("resnet")]
-        shared = partial(_without, ignored=ignored)
-        for _, group in groupby(sorted(chosen, key=shared), key=shared):
+    for what, (shared, position) in axes.items():
+        chosen = [c for c in usable if shared(c.settings).arch or c.settings.arch.startswith("resnet")]
+        for group in alike(chosen, shared):
             ordered = sorted(group, key=position)
             if len(ordered) > 1:
                 found.append(Series(what, ordered, position))
     return found
 
 
-def _without(condition: Condition, *, ignored: dict[str, Any]) -> str:
-    return str(replace(condition.settings, **ignored))
+def at_equal_steps(settings: Settings) -> Settings:
+    """Settings whose number of images is free, and that saw as many in all."""
+    return replace(settings, fraction=0.0, images=0, epochs=settings.images * settings.epochs)
+
+
+def alike(conditions: Iterable[Condition], shared: Callable[[Settings], Settings]) -> Iterator[list[Condition]]:
+    """Groups of what shares something."""
+
+    def key(condition: Condition) -> str:
+        return str(shared(condition.settings))
+
+    for _, group in groupby(sorted(conditions, key=key), key=key):
+        yield list(group)
 
 
 def trends(series: Sequence[Series]) -> str:
@@ -498,6 +512,10 @@ def view(rows: Sequence[Saliency]) -> str:
 
 NOTHING = "No run is recorded yet."
 FIGURE = "Differences of top-1 to the last stage and to the control: a bar a seed, their mean and its 95 % interval"
+TREND = (
+    "Page's test asks whether the relative reduction of the error grows along a series. Training images are varied at"
+    " equal steps: as many fewer epochs as there are more images."
+)
 EXPLANATION = (
     "Mean ± standard error over seeds, of the last epoch on the test images; differences are paired by seed, with their"
     " 95 % bootstrap interval (BCa). p: exact sign-flip test, corrected by Holm's method for the two tests declared"
@@ -516,9 +534,11 @@ def summary(conditions: Sequence[Condition], boxes: Sequence[Saliency] = ()) -> 
     proof = list(filter(is_proof, conditions))
     parts = []
     if table := claims(proof):
-        parts += [answers(proof), table, f"![{FIGURE}](docs/figures/{DIFFERENCES})"]
+        parts += [answers(proof), table, figures(proof, "docs/figures", DIFFERENCES)]
         parts.append(f"{EXPLANATION} {provenance(all_runs(proof))} All schemes: [docs/evidence.md](docs/evidence.md).")
-    parts.append(trends(series_of(proof)))
+    if table := trends(series_of(proof)):
+        parts += [table, TREND]
+    parts += [figures(proof, "docs/figures", "gain-"), figures(proof, "docs/figures", "cost-")]
     if boxes:
         parts.append(view(boxes))
     return "\n\n".join(filter(None, parts)) or NOTHING
@@ -531,9 +551,11 @@ def document(conditions: Sequence[Condition], corrupted: Sequence[Robustness], b
     parts = ["# Evidence", "Written by `python -m benchmarks.report --write` from the CSVs in benchmarks/results."]
     if table := claims(proof):
         parts += ["## ConvMix against the last stage and the control", answers(proof), table]
-        parts += [f"![{FIGURE}](figures/{DIFFERENCES})", EXPLANATION]
+        parts += [figures(proof, "figures", DIFFERENCES), EXPLANATION]
     if table := trends(series_of(proof)):
-        parts += ["## Does the gain grow with the problem?", table]
+        parts += ["## Does the gain grow?", table, TREND, figures(proof, "figures", "gain-")]
+    if pictures := figures(proof, "figures", "cost-"):
+        parts += ["## Accuracy per cost", pictures]
     if proof:
         parts += ["## Every scheme, on the test images", "Descriptive: only the two tests above were declared."]
         parts += described(proof)
@@ -631,26 +653,49 @@ def draw_cost(axes: Any, conditions: Sequence[Condition], dataset: str) -> None:
     axes.legend(fontsize="small")
 
 
-def list_drawings(proof: Sequence[Condition]) -> dict[str, tuple[tuple[float, float], Callable[[Any], None]]]:
-    """File name -> size in inches, and what draws on matplotlib's axes.
+@dataclass(frozen=True)
+class Drawing:
+    """A figure that can be drawn.
+
+    Args:
+        text: What it shows.
+        size: In inches.
+        draw: Draws it on matplotlib's axes.
+    """
+
+    text: str
+    size: tuple[float, float]
+    draw: Callable[[Any], None]
+
+
+def list_drawings(proof: Sequence[Condition]) -> dict[str, Drawing]:
+    """File name -> drawing.
 
     The differences that were tested, the gain along each series, and accuracy against cost where settings differ in the
     backbone only.
     """
-    drawings: dict[str, tuple[tuple[float, float], Callable[[Any], None]]] = {}
+    drawings: dict[str, Drawing] = {}
     if tested := [c for c in proof if c.difference(LAST, CONVMIX)]:
-        drawings[DIFFERENCES] = (7, 1.3 + 0.7 * len(tested)), partial(draw_differences, tested=tested)
+        size = 7, 1.3 + 0.7 * len(tested)
+        drawings[DIFFERENCES] = Drawing(FIGURE, size, partial(draw_differences, tested=tested))
     series = series_of(proof)
     for what in dict.fromkeys(one.what for one in series):
-        chosen = [one for one in series if one.what == what]
-        drawings[f"gain-{what.replace(' ', '-')}.svg"] = (5, 3.5), partial(draw_series, series=chosen, what=what)
-    shared = partial(_without, ignored=dict(arch=""))
-    alike = (list(group) for _, group in groupby(sorted(proof, key=shared), key=shared))
-    for number, group in enumerate((group for group in alike if len(group) > 1), start=1):
+        draw = partial(draw_series, series=[one for one in series if one.what == what], what=what)
+        drawings[f"gain-{what.replace(' ', '-')}.svg"] = Drawing(
+            f"Reduction of the error along: {what}", (5, 3.5), draw
+        )
+    nets = (group for group in alike(proof, partial(replace, arch="")) if len(group) > 1)
+    for number, group in enumerate(nets, start=1):
         dataset = group[0].settings.dataset
         draw = partial(draw_cost, conditions=group, dataset=dataset)
-        drawings[f"cost-{dataset}-{number}.svg"] = (5, 3.5), draw
+        drawings[f"cost-{dataset}-{number}.svg"] = Drawing(f"Accuracy against MACs on {dataset}", (5, 3.5), draw)
     return drawings
+
+
+def figures(proof: Sequence[Condition], folder: str, start: str) -> str:
+    """Those of a folder whose names start alike, as markdown; '' where there are none."""
+    found = list_drawings(proof).items()
+    return "\n".join(f"![{drawing.text}]({folder}/{name})" for name, drawing in found if name.startswith(start))
 
 
 def stale_figures(conditions: Sequence[Condition], folder: Path) -> list[str]:
@@ -676,9 +721,9 @@ def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
     proof = list(filter(is_proof, conditions))
     drawings = list_drawings(proof)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (size, draw) in drawings.items():
-        figure, axes = plt.subplots(figsize=size)
-        draw(axes)
+    for name, drawing in drawings.items():
+        figure, axes = plt.subplots(figsize=drawing.size)
+        drawing.draw(axes)
         figure.tight_layout()
         figure.savefig(folder / name, metadata={"Date": None, "Description": fingerprint(proof)})
         plt.close(figure)

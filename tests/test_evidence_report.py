@@ -198,6 +198,14 @@ def test_settings_are_kept_apart():
         report.conditions_of([*paired([0.5]), run("last", 9, 60, data="cd")])
 
 
+def test_a_title_says_what_a_setting_started_from():
+    settings = report.shared_settings(run("last", 3, 60.0, init="tiny/{arch}-{scheme}-{seed}.safetensors"))
+    assert report.title(settings).endswith(", 3 epochs, fine-tuned from the nets of tiny")
+    warm = replace(settings, init="tiny/{arch}-last-{seed}.safetensors")
+    assert report.title(warm).endswith(", fine-tuned from the plain nets of tiny")
+    assert report.title(replace(warm, freeze=1, init="a/b")).endswith(", linear probe from a/b")
+
+
 def test_the_best_variant_of_the_selection():
     rows = [
         run(scheme, seed, 50 + gain + seed * slope, split="holdout", lr=lr)
@@ -227,10 +235,18 @@ def test_trends():
     text = report.trends([series, short])
     assert "10: 0.3; 50: 1.3; 100: 2.6 | 8 | p = 0.000 |" in text
     assert "too few settings or seeds" in text
-    parts = [row for f in (0.1, 0.3) for row in paired(DIFFERENCES, fraction=f, images=int(500 * f))]
+    parts = [row for n in (50, 125) for row in paired(DIFFERENCES, fraction=n / 500, images=n, epochs=1500 // n)]
+    longer = paired(DIFFERENCES, epochs=6) + paired(DIFFERENCES, fraction=0.5, images=250)  # more steps, and fewer
     nets = [row for arch in ("resnet34_cifar", "vgg16_bn_cifar") for row in paired(DIFFERENCES, arch=arch)]
-    found = report.series_of(report.conditions_of(paired(DIFFERENCES) + parts + nets))
-    assert [(one.what, len(one.conditions)) for one in found] == [("training images", 3), ("parameters of a ResNet", 2)]
+    found = report.series_of(report.conditions_of(paired(DIFFERENCES) + parts + longer + nets))
+    assert [(one.what, [position for position, _ in one.table()]) for one in found] == [
+        ("training images", [50, 125, 500]),
+        ("epochs", [3, 6]),
+        ("parameters of a ResNet", [1000, 1000]),
+    ]
+    text = report.summary(report.conditions_of(growing))
+    assert text.count("docs/figures/gain-number-of-classes.svg") == 1
+    assert "| 10: 0.3; 50: 1.3; 100: 2.6 |" in text
 
 
 def test_an_empty_report_says_so():
