@@ -134,6 +134,7 @@ class SingleVariant(Mixer):
         act: A key of ``ACTIVATIONS``.
         residual: Add the mix to the final map. Without it the mix replaces the final map, of which only the shape
             remains: tap the deepest stage then.
+        gate: Multiply the mix by the final map before.
         gain: What each channel's gain starts with.
         drop_tap: Chance that a tap is left out for an image while training; the others are scaled up.
         decay: Decay the weights of the linear layers, where the optimizer decays any.
@@ -158,6 +159,7 @@ class SingleVariant(Mixer):
         pool: str = "avg",
         act: str = "relu",
         residual: bool = True,
+        gate: bool = False,
         gain: float = 1.0,
         drop_tap: float = 0.0,
         decay: bool = True,
@@ -175,19 +177,26 @@ class SingleVariant(Mixer):
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         like: Any = create_mixer("convmix", in_channels, out_channels, rank=rank, **dd)
         self.settings = like.settings | dict(
-            grid=grid, norm=norm, pool=pool, act=act, residual=residual, gain=gain, drop_tap=drop_tap, decay=decay
+            grid=grid,
+            norm=norm,
+            pool=pool,
+            act=act,
+            residual=residual,
+            gate=gate,
+            gain=gain,
+            drop_tap=drop_tap,
+            decay=decay,
         )
         self.norms = nn.ModuleDict({str(stage): NORMS[norm](c, **dd) for stage, c in in_channels.items()})
         self.reduce, self.expand, self.gain = like.reduce, like.expand, like.gain
         nn.init.constant_(like.gain, gain)
         self.pool = GeM(**dd) if pool == "gem" else POOLS[pool]
         self.act = ACTIVATIONS[act]()
-        self.grid, self.residual, self.drop_tap = grid, residual, drop_tap
+        self.grid, self.residual, self.gate, self.drop_tap = grid, residual, gate, drop_tap
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Mix; shapes as in ``Mixer.forward``."""
-        mix = self.mix(taps, final)
-        return final + mix if self.residual else mix.expand_as(final)
+        return joined(self.mix(taps, final), final, residual=self.residual, gate=self.gate)
 
     def no_weight_decay(self) -> set[str]:
         """None, or all."""
@@ -217,6 +226,12 @@ class SingleVariant(Mixer):
         nn.init.zeros_(self.gain)
 
 
+def joined(mix: Tensor, final: Tensor, *, residual: bool, gate: bool) -> Tensor:
+    """The final map with the mix in it, as a variant's choices say; of the final map's shape."""
+    mix = mix * final if gate else mix
+    return final + mix if residual else mix.expand_as(final)
+
+
 def undecayed(variant: Mixer) -> set[str]:
     """Names of a variant's parameters that are not decayed."""
     return set() if variant.settings["decay"] else {name for name, _ in variant.named_parameters()}
@@ -230,6 +245,7 @@ class Variant(Mixer):
         out_channels: Channels of the final map.
         rank: As of DualConvMix.
         residual: As of SingleVariant.
+        gate: As of SingleVariant.
         device: Where the parameters are made.
         dtype: Of the parameters.
         **choices: Of SingleVariant, its other ones.
@@ -242,6 +258,7 @@ class Variant(Mixer):
         *,
         rank: int = RANK,
         residual: bool = True,
+        gate: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         **choices: Any,
@@ -251,13 +268,13 @@ class Variant(Mixer):
             SingleVariant(channels, out_channels, rank=fitting, device=device, dtype=dtype, **choices)
             for channels, fitting in dual_branches(in_channels, out_channels, rank)
         )
-        self.residual = residual
-        self.settings = self.taps.settings | dict(rank=rank, residual=residual)
+        self.residual, self.gate = residual, gate
+        self.settings = self.taps.settings | dict(rank=rank, residual=residual, gate=gate)
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Mix; shapes as in ``Mixer.forward``."""
         mix = self.taps.mix(taps, final) + self.final.mix([final], final)
-        return final + mix if self.residual else mix.expand_as(final)
+        return joined(mix, final, residual=self.residual, gate=self.gate)
 
     def no_weight_decay(self) -> set[str]:
         """None, or all."""
@@ -486,8 +503,9 @@ CHANGES: dict[str, dict[str, Any]] = {
     # the activation: ReLU by default
     "act_none": dict(act="none"),
     "gelu": dict(act="gelu"),
-    # added to the final map by default
+    # added to the final map by default; or multiplied by it before that
     "no_residual": dict(residual=False),
+    "gate": dict(gate=True),
     # the gain: one by default
     "gain0": dict(gain=0.0),
     "gain0.1": dict(gain=0.1),

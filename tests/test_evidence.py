@@ -302,6 +302,18 @@ def test_a_variant_without_residual_is_its_two_mixes():
     assert torch.allclose(mixer(taps, final), expected)
 
 
+@pytest.mark.parametrize("name", ["variant", "single_variant"])
+def test_a_gate_multiplies_the_final_map(name):
+    mixer = create_mixer(name, {0: 4}, 8, gate=True)
+    taps, final = [torch.randn(2, 4, 6, 6)], torch.randn(2, 8, 3, 3)
+    added = create_mixer(name, {0: 4}, 8)
+    added.load_state_dict(mixer.state_dict())
+    mix = added(taps, final) - final
+    assert torch.allclose(mixer(taps, final), final * (1 + mix), atol=1e-5)
+    mixer.start_as_identity()
+    assert torch.equal(mixer(taps, final), final)
+
+
 def test_pooling():
     x = torch.rand(2, 3, 4, 4)
     gem = schemes.GeM()
