@@ -249,6 +249,26 @@ def test_trends():
     assert "| 10: 0.3; 50: 1.3; 100: 2.6 |" in text
 
 
+def test_whether_it_regularises_in_words():
+    def losses(setting, own, base):
+        """Pairs of (training, test) loss, with a little noise."""
+        return [
+            run(scheme, seed, 60.0, lr=setting, train_loss=train + seed / 100, loss=test + seed / 50)
+            for seed in range(4)
+            for scheme, (train, test) in (("last", base), ("convmix", own))
+        ]
+
+    fits_more = losses(0.1, (0.5, 1.0), (0.8, 1.1))
+    regularises = losses(0.2, (1.0, 1.1), (0.8, 1.1)) + losses(0.3, (0.9, 1.0), (0.8, 1.1))
+    text = report.fit(report.conditions_of(fits_more + regularises))
+    assert "higher in 2 and lower in 1 of 3 settings, and the gap is narrower in 2 and wider in 1." in text
+    assert text.endswith("wider in 1.")
+    text = report.fit(report.conditions_of(fits_more))
+    assert text.endswith("wider in 1. These runs do not show the regulariser that the paper reports.")
+    assert text in report.summary(report.conditions_of(fits_more))
+    assert report.fit(report.conditions_of(paired([0.5, 0.6]))) == report.fit([]) == ""
+
+
 def test_an_empty_report_says_so():
     assert report.summary([]) == "No run is recorded yet."
     assert report.document([], [], []).endswith("\n\nNo run is recorded yet.\n")
@@ -256,7 +276,7 @@ def test_an_empty_report_says_so():
 
 def test_a_run_that_diverged_is_shown():
     rows = [run("last", 3, 60.0), run("grid", 3, 1.0, diverged=2, loss=math.nan, train_loss=math.nan)]
-    assert "| grid | 1 | 1.00 | 90.00 | nan | 5.00 | -59.00 | 1.1000 | 1.0002 | 1 |" in report.document(
+    assert "| grid | 1 | 1.00 | 90.00 | nan | nan | 5.00 | -59.00 | 1.1000 | 1.0002 | 1 |" in report.document(
         report.conditions_of(rows), [], []
     )
 
