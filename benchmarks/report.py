@@ -666,6 +666,9 @@ def draw_series(axes: Any, series: Sequence[Series], what: str) -> None:
         axes.errorbar(x, y, errors, marker="o", capsize=3, label=f"{settings.dataset}, {settings.arch}")
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set(xlabel=what, ylabel="error reduction, % (± standard error)", xscale="log")
+    ticks = sorted({position for one in series for position, _ in one.table()})
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.minorticks_off()
     axes.legend(fontsize="small")
 
 

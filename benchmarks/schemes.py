@@ -137,6 +137,7 @@ class SingleVariant(Mixer):
         gate: Multiply the mix by the final map before.
         gain: What each channel's gain starts with.
         drop_tap: Chance that a tap is left out for an image while training; the others are scaled up.
+        dropout: The same for each of a tap's channels.
         decay: Decay the weights of the linear layers, where the optimizer decays any.
         device: Where the parameters are made.
         dtype: Of the parameters.
@@ -162,6 +163,7 @@ class SingleVariant(Mixer):
         gate: bool = False,
         gain: float = 1.0,
         drop_tap: float = 0.0,
+        dropout: float = 0.0,
         decay: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -185,6 +187,7 @@ class SingleVariant(Mixer):
             gate=gate,
             gain=gain,
             drop_tap=drop_tap,
+            dropout=dropout,
             decay=decay,
         )
         self.norms = nn.ModuleDict({str(stage): NORMS[norm](c, **dd) for stage, c in in_channels.items()})
@@ -192,7 +195,8 @@ class SingleVariant(Mixer):
         nn.init.constant_(like.gain, gain)
         self.pool = GeM(**dd) if pool == "gem" else POOLS[pool]
         self.act = ACTIVATIONS[act]()
-        self.grid, self.residual, self.gate, self.drop_tap = grid, residual, gate, drop_tap
+        self.grid, self.residual, self.gate = grid, residual, gate
+        self.drop_tap, self.dropout = drop_tap, nn.Dropout(dropout)
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Mix; shapes as in ``Mixer.forward``."""
@@ -210,7 +214,7 @@ class SingleVariant(Mixer):
             cells = F.adaptive_avg_pool2d(tap, grid) if self.grid else self.pool(tap)
             vector = norm(cells.permute(0, 2, 3, 1))  # (B, H, W, C_i), or (B, 1, 1, C_i)
             keep = F.dropout(vector.new_ones(len(vector), 1, 1, 1), self.drop_tap, self.training)
-            vectors.append(vector * keep)
+            vectors.append(self.dropout(vector * keep))
         mix = self.gain * self.act(self.expand(self.reduce(torch.cat(vectors, dim=3))))
         return mix.to(final.dtype).permute(0, 3, 1, 2)
 
@@ -511,6 +515,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "gain0.1": dict(gain=0.1),
     # regularisation: none by default
     "drop_tap": dict(drop_tap=0.2),
+    "dropout": dict(dropout=0.5),
     # weight decay: that of every linear layer by default
     "no_decay": dict(decay=False),
 }

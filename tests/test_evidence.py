@@ -344,6 +344,15 @@ def test_a_tap_is_dropped_while_training_only():
     assert set(mixer.eval()(taps, final).flatten().tolist()) == {44.0}
 
 
+def test_channels_are_dropped_while_training_only():
+    mixer = create_mixer("single_variant", {0: 4}, 8, dropout=0.5, norm="none", act="none", rank=0)
+    nn.init.ones_(mixer.expand.weight)
+    nn.init.zeros_(mixer.expand.bias)
+    taps, final = [torch.ones(64, 4, 2, 2)], torch.zeros(64, 8, 1, 1)
+    assert set(mixer.train()(taps, final).flatten().tolist()) == {0.0, 2.0, 4.0, 6.0, 8.0}
+    assert set(mixer.eval()(taps, final).flatten().tolist()) == {4.0}
+
+
 @pytest.mark.parametrize(("scheme", "decayed"), [("gelu", 4), ("no_decay", 0), ("single+no_decay", 0), ("convmix", 4)])
 def test_what_no_decay_exempts(scheme, decayed):
     model = schemes.build("tiny_cifar", scheme, num_classes=10, seed=0)
