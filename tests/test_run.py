@@ -85,6 +85,11 @@ FACTS = '''
     threading.Timer(0.2, late).start()
     atexit.register(late)
 '''
+CTRL_C = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background ignores it
+os.kill(os.getpid(), signal.SIGINT)
+"""
 ENDS = {
     "at its end": (FACTS, 0),
     "with exit(None)": ("import sys; sys.exit()", 0),
@@ -93,7 +98,7 @@ ENDS = {
     "with an error": ("def f():\n    open('no such file')\n\nf()", 1),
     "with a chain of errors": ("try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise ValueError(1) from e", 1),
     "with its own hook": ("import sys\nsys.excepthook = lambda *what: print(what[:2])\n1 / 0", 1),
-    "with Ctrl-C": ("import os, signal\nos.kill(os.getpid(), signal.SIGINT)", -2),
+    "with Ctrl-C": (CTRL_C, -2),
     "before it starts": ("print(1)\nif print", 1),
 }
 
