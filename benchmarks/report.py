@@ -79,6 +79,11 @@ class Difference:
         found = stats.bootstrap(data, np.mean, n_resamples=RESAMPLES, confidence_level=1 - LEVEL, method="BCa", rng=0)
         return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
+    def sign(self) -> int | None:
+        """1 or -1 where the interval lies above or below zero, 0 where it holds it; None below three seeds."""
+        interval = self.interval()
+        return (interval[0] > 0) - (interval[1] < 0) if interval else None
+
     def p_value(self) -> float:
         """Two-sided p of the sign-flip test of the mean, exact: all ``2 ** n`` signs are counted."""
         data = (np.array(self.values),)
@@ -244,9 +249,7 @@ def verdicts(condition: Condition) -> dict[str, Verdict]:
     corrected = holm(p_values, len(TESTS))
     result = {}
     for base, difference in found.items():
-        low, high = difference.interval() or (0, 0)
-        claimed = corrected.get(base, 1) < LEVEL and low * high > 0
-        claim = (1 if difference.mean > 0 else -1) if claimed else 0
+        claim = (difference.sign() or 0) if corrected.get(base, 1) < LEVEL else 0
         result[base] = Verdict(len(difference.values), corrected.get(base), claim)
     return result
 
@@ -280,8 +283,8 @@ def fit(conditions: Sequence[Condition]) -> str:
         losses = Difference(tuple(own.train_loss - base.train_loss for base, own in pairs))
         gaps = Difference(tuple((own.loss - own.train_loss) - (base.loss - base.train_loss) for base, own in pairs))
         for found, difference in zip(signs.values(), (losses, gaps), strict=True):
-            if interval := difference.interval():
-                found.append((interval[0] > 0) - (interval[1] < 0))
+            if (sign := difference.sign()) is not None:
+                found.append(sign)
     loss, gap = signs.values()
     if not loss:
         return ""
@@ -518,8 +521,7 @@ def view(rows: Sequence[Saliency]) -> str:
         seeds = sorted(base.keys() & own.keys())
         for name, found in signs.items() if seeds else ():
             difference = Difference(tuple(getattr(own[seed], name) - getattr(base[seed], name) for seed in seeds))
-            low, high = difference.interval() or (0, 0)
-            found.append((low > 0) - (high < 0))
+            found.append(difference.sign() or 0)
     energy, area = signs["energy"], signs["area"]
     if not energy:
         return ""
