@@ -4,7 +4,7 @@ A scheme's name is one of ``PEERS``, or ``convmix``, or changes to it from ``CHA
 ``control`` and ``control-CHANGES`` are one branch on the deepest stage alone, of as many parameters. ``ALL`` lists
 what ``python -m benchmarks.accuracy --schemes all`` runs.
 
-Importing this module adds ``variant``, ``single_variant`` and ``scalar`` to ``timm_convmix.MIXERS``; the package itself
+Importing this module adds ``variant`` and ``scalar`` to ``timm_convmix.MIXERS``; the package itself
 has released mixers only.
 """
 
@@ -17,15 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_convmix import MIXERS, ConvMixNet, Mixer, MixerError
-from timm_convmix.mixers import DEFAULT_MIXER, RANK, create_mixer, dual_branches
+from timm_convmix.mixers import DEFAULT_MIXER, FINAL, ConvMix, create_mixer
 from timm_convmix.stages import MAX_TAPS, read_feature_info
 
 SIDE_WEIGHT = 0.3
 """Of each side classifier's loss: GoogLeNet (Szegedy et al. 2014, arXiv:1409.4842)."""
 ADDED_SEED = 1_000_000
 """Added to a run's seed for what a scheme adds to the backbone."""
-
-NO_IDENTITY = "A mixer without residual cannot start as an identity: train it from scratch."
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -121,23 +119,23 @@ POOLS: dict[str, Callable[[Tensor], Tensor]] = {
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU}
 
 
-class SingleVariant(Mixer):
-    """ConvMix with its choices as arguments; with their defaults it computes what ``timm_convmix``'s ConvMix does.
+class Variant(Mixer):
+    """A released mixer with its choices as arguments; with their defaults it computes what that mixer does.
 
     Args:
         in_channels: Position of each tapped stage -> its channels, shallow to deep.
         out_channels: Channels of the final map.
-        rank: As of ConvMix.
-        grid: Mix on the final map's grid, to which the taps are averaged, instead of after global pooling.
-        norm: A key of ``NORMS``; applied to each tap's channels.
+        base: The mixer: a key of ``MIXERS`` whose branches are ConvMix's.
+        rank: As of that mixer; None is its default.
+        grid: Mix on the final map's grid, to which the maps are averaged, instead of after global pooling.
+        norm: A key of ``NORMS``; applied to each map's channels.
         pool: Global pooling: a key of ``POOLS``, or 'gem'.
-        act: A key of ``ACTIVATIONS``.
-        residual: Add the mix to the final map. Without it the mix replaces the final map, of which only the shape
-            remains: tap the deepest stage then.
+        act: A key of ``ACTIVATIONS``; None is that mixer's own.
+        residual: Add the mix to the final map. Without it the mix replaces the final map.
         gate: Multiply the mix by the final map before.
         gain: What each channel's gain starts with.
-        drop_tap: Chance that a tap is left out for an image while training; the others are scaled up.
-        dropout: The same for each of a tap's channels.
+        drop_tap: Chance that a map is left out for an image while training; the others are scaled up.
+        dropout: The same for each of a map's channels.
         decay: Decay the weights of the linear layers, where the optimizer decays any.
         device: Where the parameters are made.
         dtype: Of the parameters.
@@ -146,7 +144,6 @@ class SingleVariant(Mixer):
         MixerError: A setting is unknown.
     """
 
-    gain: nn.Parameter
     pool: Callable[[Tensor], Tensor]
 
     def __init__(  # noqa: PLR0913  (a choice each)
@@ -154,11 +151,12 @@ class SingleVariant(Mixer):
         in_channels: Mapping[int, int],
         out_channels: int,
         *,
+        base: str = DEFAULT_MIXER,
         rank: int | None = None,
         grid: bool = False,
         norm: str = "layer",
         pool: str = "avg",
-        act: str = "relu",
+        act: str | None = None,
         residual: bool = True,
         gate: bool = False,
         gain: float = 1.0,
@@ -172,13 +170,14 @@ class SingleVariant(Mixer):
         for what, chosen, known in (
             ("norm", norm, NORMS),
             ("pool", pool, {*POOLS, "gem"}),
-            ("act", act, ACTIVATIONS),
+            ("act", act or "none", ACTIVATIONS),
         ):
             if chosen not in known:
                 raise MixerError(f"{what}={chosen!r} of a variant is none of {', '.join(sorted(known))}.")
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        like: Any = create_mixer("convmix", in_channels, out_channels, rank=rank, **dd)
-        self.settings = like.settings | dict(
+        self.like = create_mixer(base, in_channels, out_channels, **({} if rank is None else {"rank": rank}), **dd)
+        self.settings = self.like.settings | dict(
+            base=base,
             grid=grid,
             norm=norm,
             pool=pool,
@@ -190,110 +189,55 @@ class SingleVariant(Mixer):
             dropout=dropout,
             decay=decay,
         )
-        self.norms = nn.ModuleDict({str(stage): NORMS[norm](c, **dd) for stage, c in in_channels.items()})
-        self.reduce, self.expand, self.gain = like.reduce, like.expand, like.gain
-        nn.init.constant_(like.gain, gain)
+        channels = {**in_channels, FINAL: out_channels}
+        self.maps = list(channels)
+        for branch in self.branches():
+            branch.norms.update({key: NORMS[norm](channels[int(key)], **dd) for key in branch.norms})
+            branch.act = ACTIVATIONS[act]() if act else branch.act
+            nn.init.constant_(branch.gain, gain)
         self.pool = GeM(**dd) if pool == "gem" else POOLS[pool]
-        self.act = ACTIVATIONS[act]()
         self.grid, self.residual, self.gate = grid, residual, gate
         self.drop_tap, self.dropout = drop_tap, nn.Dropout(dropout)
 
+    def branches(self) -> list[ConvMix]:
+        """Those of the mixer, each with norms, linear layers, an activation and a gain."""
+        return [module for module in self.like.modules() if isinstance(module, ConvMix)]
+
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Mix; shapes as in ``Mixer.forward``."""
-        return joined(self.mix(taps, final), final, residual=self.residual, gate=self.gate)
+        maps = dict(zip(self.maps, [*taps, final], strict=True))
+        mix = torch.stack([self.mix(branch, maps) for branch in self.branches()]).sum(0)
+        mix = mix.to(final.dtype).permute(0, 3, 1, 2)  # (B, out_channels, H, W), or (B, out_channels, 1, 1)
+        mix = mix * final if self.gate else mix
+        return final + mix if self.residual else mix.expand_as(final)
 
-    def no_weight_decay(self) -> set[str]:
-        """None, or all."""
-        return undecayed(self)
-
-    def mix(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
-        """What is added to the final map: (B, out_channels, H, W), or (B, out_channels, 1, 1)."""
-        grid = final.shape[2], final.shape[3]
+    def mix(self, branch: ConvMix, maps: Mapping[int, Tensor]) -> Tensor:
+        """What a branch makes of its maps: (B, H, W, out_channels), or (B, 1, 1, out_channels)."""
+        grid = maps[FINAL].shape[2], maps[FINAL].shape[3]
         vectors = []
-        for norm, tap in zip(self.norms.values(), taps, strict=True):
-            cells = F.adaptive_avg_pool2d(tap, grid) if self.grid else self.pool(tap)
+        for key, norm in branch.norms.items():
+            x = maps[int(key)]
+            cells = F.adaptive_avg_pool2d(x, grid) if self.grid else self.pool(x)
             vector = norm(cells.permute(0, 2, 3, 1))  # (B, H, W, C_i), or (B, 1, 1, C_i)
             keep = F.dropout(vector.new_ones(len(vector), 1, 1, 1), self.drop_tap, self.training)
             vectors.append(self.dropout(vector * keep))
-        mix = self.gain * self.act(self.expand(self.reduce(torch.cat(vectors, dim=3))))
-        return mix.to(final.dtype).permute(0, 3, 1, 2)
-
-    @torch.no_grad()
-    def start_as_identity(self) -> None:
-        """Set the gain to zero, so that ``final`` comes out exactly.
-
-        Raises:
-            MixerError: The mix replaces the final map.
-        """
-        if not self.residual:
-            raise MixerError(NO_IDENTITY)
-        nn.init.zeros_(self.gain)
-
-
-def joined(mix: Tensor, final: Tensor, *, residual: bool, gate: bool) -> Tensor:
-    """The final map with the mix in it, as a variant's choices say; of the final map's shape."""
-    mix = mix * final if gate else mix
-    return final + mix if residual else mix.expand_as(final)
-
-
-def undecayed(variant: Mixer) -> set[str]:
-    """Names of a variant's parameters that are not decayed."""
-    return set() if variant.settings["decay"] else {name for name, _ in variant.named_parameters()}
-
-
-class Variant(Mixer):
-    """The default mixer with the choices of ``SingleVariant``, made in both of its branches.
-
-    Args:
-        in_channels: Position of each tapped stage -> its channels, shallow to deep.
-        out_channels: Channels of the final map.
-        rank: As of DualConvMix.
-        residual: As of SingleVariant.
-        gate: As of SingleVariant.
-        device: Where the parameters are made.
-        dtype: Of the parameters.
-        **choices: Of SingleVariant, its other ones.
-    """
-
-    def __init__(
-        self,
-        in_channels: Mapping[int, int],
-        out_channels: int,
-        *,
-        rank: int = RANK,
-        residual: bool = True,
-        gate: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **choices: Any,
-    ) -> None:
-        super().__init__()
-        self.taps, self.final = (
-            SingleVariant(channels, out_channels, rank=fitting, device=device, dtype=dtype, **choices)
-            for channels, fitting in dual_branches(in_channels, out_channels, rank)
-        )
-        self.residual, self.gate = residual, gate
-        self.settings = self.taps.settings | dict(rank=rank, residual=residual, gate=gate)
-
-    def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
-        """Mix; shapes as in ``Mixer.forward``."""
-        mix = self.taps.mix(taps, final) + self.final.mix([final], final)
-        return joined(mix, final, residual=self.residual, gate=self.gate)
+        return branch.gain * branch.act(branch.expand(branch.reduce(torch.cat(vectors, dim=3))))
 
     def no_weight_decay(self) -> set[str]:
         """None, or all."""
-        return undecayed(self)
+        return set() if self.settings["decay"] else {name for name, _ in self.named_parameters()}
 
+    @torch.no_grad()
     def start_as_identity(self) -> None:
-        """Both do.
+        """Set the gains to zero, so that ``final`` comes out exactly.
 
         Raises:
             MixerError: The mix replaces the final map.
         """
         if not self.residual:
-            raise MixerError(NO_IDENTITY)
-        self.taps.start_as_identity()
-        self.final.start_as_identity()
+            raise MixerError("A mixer without residual cannot start as an identity: train it from scratch.")
+        for branch in self.branches():
+            nn.init.zeros_(branch.gain)
 
 
 class ScalarMix(Mixer):
@@ -347,7 +291,7 @@ class ScalarMix(Mixer):
             nn.init.zeros_(projection[1].weight)  # type: ignore[index]
 
 
-MIXERS.update(variant=Variant, single_variant=SingleVariant, scalar=ScalarMix)
+MIXERS.update(variant=Variant, scalar=ScalarMix)
 
 
 # Peers that end in logits instead of a map ----------------------------------------------------------------------------
@@ -482,10 +426,15 @@ CHANGES: dict[str, dict[str, Any]] = {
     "convmix": {},
     # where it mixes: after global pooling by default
     "grid": dict(grid=True),
-    # its branches: up to three stages before the deepest, and beside them the final map, by default; the stages alone
-    # (the mixer 'convmix'), or together with the deepest
-    "single": dict(single=True),
-    "one_branch": dict(single=True, deepest=True),
+    # an activation: none by default; with ReLU it is the mixer 'dual'
+    "dual": dict(base="dual"),
+    "gelu": dict(act="gelu"),
+    # its branches: up to three stages before the deepest, and beside them the final map, by default; the stages alone,
+    # or together with the deepest in one branch; both also with ReLU, which is the mixer 'convmix'
+    "single_linear": dict(base="convmix", act="none"),
+    "one_branch_linear": dict(base="convmix", act="none", deepest=True),
+    "single": dict(base="convmix"),
+    "one_branch": dict(base="convmix", deepest=True),
     # how many stages before the deepest it taps
     "stages1": dict(before=1),
     "stages2": dict(before=2),
@@ -499,14 +448,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     # how it pools: the mean by default
     "avgmax": dict(pool="avgmax"),
     "gem": dict(pool="gem"),
-    # the rank of the linear layers: 64 by default (with 'single' out/8 where that is more), or full where that is
-    # smaller; divisor is read by `arguments_of`
+    # the rank of the linear layers: the mixer's own by default, or full where that is smaller; divisor is read by
+    # `arguments_of`
     "full": dict(divisor=0),
     "rank4": dict(divisor=4),
     "rank8": dict(divisor=8),
-    # the activation: ReLU by default
-    "act_none": dict(act="none"),
-    "gelu": dict(act="gelu"),
     # added to the final map by default; or multiplied by it before that
     "no_residual": dict(residual=False),
     "gate": dict(gate=True),
@@ -572,17 +518,23 @@ def arguments_of(scheme: str, backbone: Any) -> dict[str, Any]:
     if "divisor" in changes:
         divisor = changes.pop("divisor")
         changes["rank"] = max(1, out // divisor) if divisor else 0
-    single = changes.pop("single", False)
-    released = changes.keys() <= {"rank"}
-    alone = "convmix" if released else "single_variant"
-    mixer = alone if single else DEFAULT_MIXER if released else "variant"
-    arguments: dict[str, Any] = dict(stages=stages, mixer=mixer, mixer_args=changes)
+    mixer, settings = mixer_of(changes)
     if not scheme.startswith(CONTROL):
-        return arguments
-    budget = mixer_parameters(mixer, {stage: info[stage]["num_chs"] for stage in stages}, out, changes)
+        return dict(stages=stages, mixer=mixer, mixer_args=settings)
+    budget = mixer_parameters(mixer, {stage: info[stage]["num_chs"] for stage in stages}, out, settings)
+    linear = {} if "base" in changes else {"act": "none"}  # as the default is
+    alone, settings = mixer_of(linear | changes | {"base": "convmix"})
     deepest = {len(info) - 1: info[-1]["num_chs"]}
-    rank = matching_rank(budget, lambda rank: mixer_parameters(alone, deepest, out, changes | {"rank": rank}))
-    return dict(stages=tuple(deepest), mixer=alone, mixer_args=changes | {"rank": rank})
+    rank = matching_rank(budget, lambda rank: mixer_parameters(alone, deepest, out, settings | {"rank": rank}))
+    return dict(stages=tuple(deepest), mixer=alone, mixer_args=settings | {"rank": rank})
+
+
+def mixer_of(changes: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A mixer's name and settings: the released one where only the rank is changed, or its variant."""
+    base = changes.get("base", DEFAULT_MIXER)
+    if changes.keys() <= {"base", "rank"}:
+        return base, {key: value for key, value in changes.items() if key == "rank"}
+    return "variant", changes
 
 
 def mixer_parameters(mixer: str, in_channels: Mapping[int, int], out_channels: int, settings: dict[str, Any]) -> int:

@@ -21,7 +21,7 @@ from benchmarks import accuracy, cost, images, robustness, saliency, schemes, ti
 from benchmarks.accuracy import Run
 from benchmarks.images import Epoch, Images
 from timm_convmix import MIXERS, ConvMixNet, MixerError
-from timm_convmix.mixers import DEFAULT_MIXER, create_mixer
+from timm_convmix.mixers import create_mixer
 
 
 def coded(count, classes, size=8):
@@ -218,17 +218,17 @@ def test_schemes_of_a_seed_share_their_backbone_bit_for_bit(scheme):
     assert all(torch.equal(plain[name], shared[name]) for name in plain.keys() - missing)
 
 
-@pytest.mark.parametrize(("name", "variant"), [(DEFAULT_MIXER, "variant"), ("convmix", "single_variant")])
-def test_the_variant_by_default_is_convmix(name, variant):
+@pytest.mark.parametrize("name", ["linear", "dual", "convmix"])
+def test_a_variant_by_default_is_its_mixer(name):
     in_channels, taps = {0: 8, 2: 12}, [torch.randn(3, 8, 6, 6), torch.randn(3, 12, 3, 3)]
     final = torch.randn(3, 16, 2, 2)
     mixers = []
-    for each in (name, variant):
+    for settings in (dict(name=name), dict(name="variant", base=name)):
         torch.manual_seed(1)
-        mixers.append(create_mixer(each, in_channels, 16))
+        mixers.append(create_mixer(in_channels=in_channels, out_channels=16, **settings))
     assert torch.allclose(mixers[0](taps, final), mixers[1](taps, final), atol=1e-6)
-    assert mixers[0].state_dict().keys() == mixers[1].state_dict().keys()
-    rebuilt = create_mixer(variant, in_channels, 16, **mixers[1].settings)
+    assert {f"like.{key}" for key in mixers[0].state_dict()} == mixers[1].state_dict().keys()
+    rebuilt = create_mixer("variant", in_channels, 16, **mixers[1].settings)
     rebuilt.load_state_dict(mixers[1].state_dict())
     assert torch.equal(rebuilt(taps, final), mixers[1](taps, final))
 
@@ -251,7 +251,7 @@ def test_the_variant_by_default_is_convmix(name, variant):
 def test_the_control_has_as_many_parameters(arch):
     with torch.device("meta"):
         backbone = timm.create_model(arch, num_classes=100)
-        for scheme in ("convmix", "grid+full", "single", "single+grid"):
+        for scheme in ("convmix", "grid+full", "gelu", "single", "single+grid", "dual"):
             control = "control" if scheme == "convmix" else f"control-{scheme}"
             models = [ConvMixNet(backbone, **schemes.arguments_of(name, backbone)) for name in (scheme, control)]
             counts = [sum(p.numel() for p in model.mixer.parameters()) for model in models]
@@ -273,6 +273,7 @@ def test_the_control_has_as_many_macs():
 
 def test_names_of_schemes():
     assert schemes.changes_of("convmix") == schemes.changes_of("control") == {}
+    assert schemes.changes_of("dual+gelu") == dict(base="dual", act="gelu")
     assert schemes.changes_of("grid+full") == schemes.changes_of("control-grid+full") == dict(grid=True, divisor=0)
     for unknown in ("grd", "grid+", "control-", "controlgrd"):
         with pytest.raises(
@@ -283,35 +284,43 @@ def test_names_of_schemes():
     assert schemes.stages_of(5, deepest=True) == (1, 2, 3, 4)
     assert schemes.stages_of(5, before=None) == (0, 1, 2, 3)
     assert schemes.stages_of(3, before=1) == (1,)
-    assert {"variant", "single_variant", "scalar"} <= MIXERS.keys()
+    assert {"variant", "scalar"} <= MIXERS.keys()
     with pytest.raises(MixerError, match="norm='bath' of a variant is none of batch, l2, layer"):
         create_mixer("variant", {0: 4}, 8, norm="bath")
 
 
 def test_the_mix_on_the_grid_averages_cells():
-    mixer = create_mixer("single_variant", {0: 4}, 8, grid=True, norm="none", act="none", rank=0)
+    mixer = create_mixer("variant", {0: 4}, 8, base="convmix", grid=True, norm="none", act="none", rank=0)
     tap, final = torch.randn(2, 4, 4, 4), torch.zeros(2, 8, 2, 2)
-    expected = F.conv2d(F.avg_pool2d(tap, 2), mixer.expand.weight[:, :, None, None], mixer.expand.bias)
+    expected = F.conv2d(F.avg_pool2d(tap, 2), mixer.like.expand.weight[:, :, None, None], mixer.like.expand.bias)
     assert torch.allclose(mixer([tap], final), expected, atol=1e-6)
 
 
-def test_a_variant_without_residual_is_its_two_mixes():
-    mixer = create_mixer("variant", {0: 4}, 8, residual=False, grid=True)
+@pytest.mark.parametrize("base", ["linear", "dual", "convmix"])
+def test_a_variant_without_residual_is_the_mix_alone(base):
+    mixer, alone = (create_mixer("variant", {0: 4}, 8, base=base, residual=residual) for residual in (True, False))
+    alone.load_state_dict(mixer.state_dict())
     taps, final = [torch.randn(2, 4, 6, 6)], torch.randn(2, 8, 3, 3)
-    expected = mixer.taps.mix(taps, final) + mixer.final.mix([final], final)
-    assert torch.allclose(mixer(taps, final), expected)
+    assert torch.allclose(alone(taps, final), mixer(taps, final) - final, atol=1e-6)
+    with pytest.raises(MixerError, match="without residual cannot start as an identity"):
+        alone.start_as_identity()
 
 
-@pytest.mark.parametrize("name", ["variant", "single_variant"])
-def test_a_gate_multiplies_the_final_map(name):
-    mixer = create_mixer(name, {0: 4}, 8, gate=True)
+@pytest.mark.parametrize("base", ["linear", "dual", "convmix"])
+def test_a_gate_multiplies_the_final_map(base):
+    mixer, added = (create_mixer("variant", {0: 4}, 8, base=base, gate=gate) for gate in (True, False))
     taps, final = [torch.randn(2, 4, 6, 6)], torch.randn(2, 8, 3, 3)
-    added = create_mixer(name, {0: 4}, 8)
     added.load_state_dict(mixer.state_dict())
     mix = added(taps, final) - final
     assert torch.allclose(mixer(taps, final), final * (1 + mix), atol=1e-5)
     mixer.start_as_identity()
     assert torch.equal(mixer(taps, final), final)
+
+
+def test_an_activation_is_the_bases_own_unless_given():
+    taps, final = [torch.randn(2, 4, 6, 6)], torch.zeros(2, 8, 3, 3)
+    for base, act, negative in (("linear", None, True), ("convmix", None, False), ("linear", "relu", False)):
+        assert bool((create_mixer("variant", {0: 4}, 8, base=base, act=act)(taps, final) < 0).any()) == negative
 
 
 def test_pooling():
@@ -336,18 +345,18 @@ def test_a_running_norm_takes_one_vector_and_ends_as_batch_norm():
 
 
 def test_a_tap_is_dropped_while_training_only():
-    mixer = create_mixer("single_variant", {0: 4, 1: 4}, 8, drop_tap=0.5, norm="none", act="none", rank=0)
-    nn.init.ones_(mixer.expand.weight)
-    nn.init.zeros_(mixer.expand.bias)
+    mixer = create_mixer("variant", {0: 4, 1: 4}, 8, base="convmix", drop_tap=0.5, norm="none", act="none", rank=0)
+    nn.init.ones_(mixer.like.expand.weight)
+    nn.init.zeros_(mixer.like.expand.bias)
     taps, final = [torch.ones(64, 4, 2, 2), 10 * torch.ones(64, 4, 2, 2)], torch.zeros(64, 8, 1, 1)
     assert set(mixer.train()(taps, final).flatten().tolist()) == {0.0, 8.0, 80.0, 88.0}
     assert set(mixer.eval()(taps, final).flatten().tolist()) == {44.0}
 
 
 def test_channels_are_dropped_while_training_only():
-    mixer = create_mixer("single_variant", {0: 4}, 8, dropout=0.5, norm="none", act="none", rank=0)
-    nn.init.ones_(mixer.expand.weight)
-    nn.init.zeros_(mixer.expand.bias)
+    mixer = create_mixer("variant", {0: 4}, 8, base="convmix", dropout=0.5, norm="none", act="none", rank=0)
+    nn.init.ones_(mixer.like.expand.weight)
+    nn.init.zeros_(mixer.like.expand.bias)
     taps, final = [torch.ones(64, 4, 2, 2)], torch.zeros(64, 8, 1, 1)
     assert set(mixer.train()(taps, final).flatten().tolist()) == {0.0, 2.0, 4.0, 6.0, 8.0}
     assert set(mixer.eval()(taps, final).flatten().tolist()) == {4.0}
@@ -368,16 +377,12 @@ def test_mixers_start_as_identities():
     for name, settings in (
         ("scalar", {}),
         ("variant", dict(grid=True, norm="batch")),
-        ("single_variant", dict(pool="gem")),
+        ("variant", dict(base="dual", pool="gem")),
     ):
         mixer = create_mixer(name, {0: 4, 1: 6}, 8, **settings)
         assert not torch.equal(mixer(taps, final), final)
         mixer.start_as_identity()
         assert torch.equal(mixer(taps, final), final)
-    with pytest.raises(MixerError, match="without residual cannot start as an identity"):
-        create_mixer("variant", {0: 4}, 8, residual=False).start_as_identity()
-    with pytest.raises(MixerError, match="without residual cannot start as an identity"):
-        create_mixer("single_variant", {0: 4}, 8, residual=False).start_as_identity()
 
 
 def test_attention_by_hand():
@@ -526,7 +531,7 @@ def test_a_row_says_what_repeats_it(command, tmp_path, data):
     model = schemes.build("test_resnet", "control", num_classes=10, seed=0)
     assert run.params == sum(p.numel() for p in model.parameters())
     assert run.macs == cost.count_macs(model, torch.zeros(1, 3, 32, 32))
-    assert json.loads(run.form)["mixer_args"] == {"rank": 175}
+    assert json.loads(run.form) == json.loads(json.dumps(schemes.describe(model)))
     assert str(data) not in run.argv
     assert str(tmp_path) not in run.argv
     assert run.argv.startswith(f"python -m benchmarks.accuracy --data {data.name} --dataset-name digits")

@@ -3,9 +3,10 @@ import torch
 from torch.nn import functional as F
 
 from timm_convmix.errors import MixerError
-from timm_convmix.mixers import DEFAULT_MIXER, MIXERS, ConvMix, DualConvMix, NoMixer, create_mixer
+from timm_convmix.mixers import DEFAULT_MIXER, MIXERS, ConvMix, DualConvMix, LinearConvMix, NoMixer, create_mixer
 
 CHANNELS, OUT = {1: 8, 2: 16, 4: 24}, 40
+LEARNED = ["linear", "dual", "convmix"]
 
 
 def maps(batch=2, dtype=torch.float32):
@@ -34,6 +35,23 @@ def test_convmix_is_its_formula(rank):
     torch.testing.assert_close(mixer(taps, final), torch.stack(rows))
 
 
+@pytest.mark.parametrize("rank", [0, 5])
+def test_linear_is_two_matrices(rank):
+    mixer = LinearConvMix(CHANNELS, OUT, rank=rank)
+    taps, final = maps()
+    mix = 0
+    for branch, pooled in ((mixer.taps, taps), (mixer.final, [final])):
+        torch.nn.init.normal_(branch.gain)
+        for norm in branch.norms.values():
+            torch.nn.init.normal_(norm.weight)
+            torch.nn.init.normal_(norm.bias)
+        vector = torch.cat([norm(x.mean((2, 3))) for norm, x in zip(branch.norms.values(), pooled, strict=True)], 1)
+        matrix = branch.expand.weight @ branch.reduce.weight if rank else branch.expand.weight
+        mix = mix + (vector @ matrix.T + branch.expand.bias) * branch.gain
+    assert (mix < 0).any()
+    torch.testing.assert_close(mixer(taps, final), final + mix[:, :, None, None])
+
+
 def test_dual_is_two_mixes_added():
     mixer = DualConvMix(CHANNELS, OUT, rank=3)
     taps, final = maps()
@@ -42,19 +60,20 @@ def test_dual_is_two_mixes_added():
     torch.testing.assert_close(mixer(taps, final), final + mixer.taps(taps, zero) + mixer.final([final], zero))
 
 
-def test_ranks_of_dual_follow_from_the_channels():
+@pytest.mark.parametrize("kind", [DualConvMix, LinearConvMix])
+def test_ranks_of_two_branches_follow_from_the_channels(kind):
     for channels, out, ranks in (
         ({1: 64, 2: 128, 3: 256}, 512, (64, 64)),
         ({1: 256, 2: 512, 3: 1024}, 2048, (64, 16)),  # 64 * 512 // 2048
         ({1: 24, 2: 40, 3: 112}, 1280, (64, 25)),
         ({0: 8, 1: 16, 2: 32}, 64, (0, 0)),  # a pair would be larger than the matrix
     ):
-        mixer = DualConvMix(channels, out)
+        mixer = kind(channels, out)
         assert mixer.settings == {"rank": 64}
         assert (mixer.taps.settings["rank"], mixer.final.settings["rank"]) == ranks
-    full = DualConvMix({1: 256}, 2048, rank=0)
+    full = kind({1: 256}, 2048, rank=0)
     assert (full.taps.settings["rank"], full.final.settings["rank"]) == (0, 0)
-    assert DualConvMix({1: 256}, 2048, rank=1).final.settings["rank"] == 1
+    assert kind({1: 256}, 2048, rank=1).final.settings["rank"] == 1
 
 
 def test_rank_follows_from_the_channels():
@@ -71,7 +90,7 @@ def test_a_mixer_can_start_as_the_identity(name):
     assert torch.equal(mixer(taps, final), final)
 
 
-@pytest.mark.parametrize("name", ["convmix", "dual"])
+@pytest.mark.parametrize("name", LEARNED)
 def test_everything_moves_within_two_steps_of_a_warm_start(name):
     mixer = create_mixer(name, CHANNELS, OUT)
     mixer.start_as_identity()
@@ -85,7 +104,7 @@ def test_everything_moves_within_two_steps_of_a_warm_start(name):
     assert not [name for name, p in mixer.named_parameters() if torch.equal(p, before[name])]
 
 
-@pytest.mark.parametrize("name", ["convmix", "dual"])
+@pytest.mark.parametrize("name", LEARNED)
 def test_a_single_image_trains(name):
     taps, final = maps(batch=1)
     mixer = create_mixer(name, CHANNELS, OUT).train()
@@ -93,14 +112,14 @@ def test_a_single_image_trains(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
 
 
-@pytest.mark.parametrize("name", ["convmix", "dual"])
+@pytest.mark.parametrize("name", LEARNED)
 def test_autocast_keeps_the_dtype_of_the_map(name):
     taps, final = maps(dtype=torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert create_mixer(name, CHANNELS, OUT)(taps, final).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ["convmix", "dual"])
+@pytest.mark.parametrize("name", LEARNED)
 def test_settings_rebuild_the_mixer(name):
     mixer = create_mixer(name, CHANNELS, OUT)
     again = create_mixer(name, CHANNELS, OUT, **mixer.settings)
@@ -111,14 +130,14 @@ def test_settings_rebuild_the_mixer(name):
 
 
 def test_wrong_names_and_settings_are_refused():
-    with pytest.raises(MixerError, match=r"Unknown mixer 'fpn'; choose one of 'dual', 'convmix', 'none'"):
+    with pytest.raises(MixerError, match=r"Unknown mixer 'fpn'; choose one of 'linear', 'dual', 'convmix', 'none'"):
         create_mixer("fpn", CHANNELS, OUT)
     with pytest.raises(MixerError, match=r"mixer 'convmix' does not take these settings: .*'width'"):
         create_mixer("convmix", CHANNELS, OUT, width=3)
     assert DEFAULT_MIXER in MIXERS
     with pytest.raises(MixerError, match=r"mixer 'none' does not take these settings: .*'rank'"):
         create_mixer("none", CHANNELS, OUT, rank=3)
-    for name in ("convmix", "dual"):
+    for name in LEARNED:
         for rank in (-1, "8"):
             with pytest.raises(MixerError, match=rf"rank={rank!r} of mixer '{name}' must be an integer, 0"):
                 create_mixer(name, CHANNELS, OUT, rank=rank)

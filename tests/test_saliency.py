@@ -260,7 +260,7 @@ def test_a_tap_counts_what_its_zeros_take(arch, images):
                 norm.bias.expand(2, -1) if at == dropped else norm(tap.mean((2, 3)))
                 for at, (norm, tap) in enumerate(zip(norms, taps, strict=True))
             ]
-            mix = mixer.gain * F.relu(mixer.expand(mixer.reduce(torch.cat(vectors, dim=1))))
+            mix = mixer.gain * mixer.expand(mixer.reduce(torch.cat(vectors, dim=1)))
             mix = mix + model.mixer.final.mix([final.permute(0, 3, 1, 2) if arch == "test_mambaout" else final])
             mixed = final + (mix[:, None, None] if arch == "test_mambaout" else mix[:, :, None, None])
             without = model.backbone.forward_head(mixed).gather(1, classes[:, None])[:, 0]

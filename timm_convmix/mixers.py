@@ -25,6 +25,9 @@ RANK = 64
 """Of the linear layers, ConvMix's at least. An eighth of the few channels that nets for small images end with was
 worse on a hold-out: 'single+rank8' in docs/evidence.md."""
 
+FINAL = -1
+"""Stands for the final map where a mixer names its parameters by the position of a tap."""
+
 
 class Mixer(nn.Module):
     """What every mixer is: built from ``(in_channels, out_channels, *, device, dtype)``, called with maps.
@@ -137,7 +140,7 @@ class ConvMix(Mixer):
         self.norms = nn.ModuleDict({str(stage): nn.LayerNorm(c, **dd) for stage, c in in_channels.items()})
         self.reduce = nn.Linear(width, rank, bias=False, **dd) if rank else nn.Identity()
         self.expand = nn.Linear(rank or width, out_channels, **dd)
-        self.act = nn.ReLU()
+        self.act: nn.Module = nn.ReLU()
         self.gain = nn.Parameter(torch.ones(out_channels, **dd))
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
@@ -162,10 +165,10 @@ class ConvMix(Mixer):
 
 
 class DualConvMix(Mixer):
-    """Two ConvMix side by side, one of the taps and one of the final map itself; the default.
+    """Two ConvMix side by side, one of the taps and one of the final map itself.
 
     ``final + mix(taps) + mix(final)``, each ``mix`` with norms, a linear layer, an activation and a gain of its own.
-    Chosen on a hold-out over the taps alone: 'single' in docs/evidence.md.
+    The default before 'linear', chosen on a hold-out over the taps alone: 'single' in docs/evidence.md.
 
     Args:
         in_channels: Position of each tapped stage -> its channels, shallow to deep.
@@ -213,16 +216,49 @@ def dual_branches(
 ) -> Iterator[tuple[Mapping[int, int], int]]:
     """Position -> channels, and the rank, of the taps' branch and of the final map's; see DualConvMix."""
     of_final = max(1, min(rank, rank * 512 // out_channels)) if rank else 0
-    for channels, wanted in (in_channels, rank), ({-1: out_channels}, of_final):
+    for channels, wanted in (in_channels, rank), ({FINAL: out_channels}, of_final):
         yield channels, rank_that_pays(wanted, sum(channels.values()), out_channels)
 
 
+class LinearConvMix(DualConvMix):
+    """A learned linear combination of globally pooled stages and of the final map, added to it; the default.
+
+    ``final + gain * linear(concat(layer_norm(mean(tap)) for tap in taps)) + gain' * linear'(layer_norm(mean(final)))``,
+    broadcast over the grid: DualConvMix without activation. Chosen on a hold-out over DualConvMix, which learns few
+    images by heart: 'dual' in docs/evidence.md.
+
+    Args:
+        in_channels: Position of each tapped stage -> its channels, shallow to deep.
+        out_channels: Channels of the final map.
+        rank: As of DualConvMix.
+        device: Where the parameters are made.
+        dtype: Of the parameters.
+
+    Raises:
+        MixerError: ``rank`` is no integer, or negative.
+    """
+
+    def __init__(
+        self,
+        in_channels: Mapping[int, int],
+        out_channels: int,
+        *,
+        rank: int = RANK,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        check_rank(rank, "linear")
+        super().__init__(in_channels, out_channels, rank=rank, device=device, dtype=dtype)
+        self.taps.act = self.final.act = nn.Identity()
+
+
 MIXERS: dict[str, Callable[..., Mixer]] = {
+    "linear": LinearConvMix,
     "dual": DualConvMix,
     "convmix": ConvMix,
     "none": NoMixer,
 }
-DEFAULT_MIXER = "dual"
+DEFAULT_MIXER = "linear"
 
 
 def create_mixer(name: str, in_channels: Mapping[int, int], out_channels: int, **settings: Any) -> Mixer:
