@@ -166,9 +166,9 @@ def test_the_class_is_the_predicted_one_unless_it_is_given(model, images):
 
 
 def test_a_map_without_evidence_is_zero_everywhere(images):
-    model = lively("convmix_test_resnet")
+    model = lively("convmix_test_resnet", mixer="dual")  # its mix is rectified, as the final map is
     with torch.no_grad():
-        model.get_classifier().weight[0] = -1  # of a rectified map every cell counts against the class
+        model.get_classifier().weight[0] = -1  # of such a map every cell counts against the class
     for stage in grad_cam(model, images, 0).maps[-1:]:
         assert torch.equal(stage.heat, torch.zeros(2, 64, 64))
     of_class = [grad_cam(model, images, each).maps for each in range(1, 5)]
