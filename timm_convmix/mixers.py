@@ -6,7 +6,7 @@ never changes its meaning: checkpoints record it.
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -183,6 +183,9 @@ class DualConvMix(Mixer):
         MixerError: ``rank`` is no integer, or negative.
     """
 
+    name: ClassVar[str] = "dual"
+    activation: ClassVar[type[nn.Module]] = nn.ReLU
+
     def __init__(
         self,
         in_channels: Mapping[int, int],
@@ -193,12 +196,13 @@ class DualConvMix(Mixer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_rank(rank, "dual")
+        check_rank(rank, self.name)
         self.settings = {"rank": rank}
         self.taps, self.final = (
             ConvMix(channels, out_channels, rank=fitting, device=device, dtype=dtype)
             for channels, fitting in dual_branches(in_channels, out_channels, rank)
         )
+        self.taps.act, self.final.act = self.activation(), self.activation()
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Add both mixes to every cell of the final map; shapes as in ``Mixer.forward``."""
@@ -227,29 +231,11 @@ class LinearConvMix(DualConvMix):
     broadcast over the grid: DualConvMix without activation. Chosen on a hold-out over DualConvMix, which learns few
     images by heart: 'dual' in docs/evidence.md.
 
-    Args:
-        in_channels: Position of each tapped stage -> its channels, shallow to deep.
-        out_channels: Channels of the final map.
-        rank: As of DualConvMix.
-        device: Where the parameters are made.
-        dtype: Of the parameters.
-
-    Raises:
-        MixerError: ``rank`` is no integer, or negative.
+    Arguments and errors are those of DualConvMix.
     """
 
-    def __init__(
-        self,
-        in_channels: Mapping[int, int],
-        out_channels: int,
-        *,
-        rank: int = RANK,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        check_rank(rank, "linear")
-        super().__init__(in_channels, out_channels, rank=rank, device=device, dtype=dtype)
-        self.taps.act = self.final.act = nn.Identity()
+    name = "linear"
+    activation = nn.Identity
 
 
 MIXERS: dict[str, Callable[..., Mixer]] = {
