@@ -5,204 +5,50 @@
     python -m benchmarks.report --check             exit 1 where a number there differs from the CSVs
     python -m benchmarks.report --plots             docs/figures/*.svg; needs matplotlib
 
-Declared before any run: in each setting ConvMix is tested against the last stage alone and against the control, on the
-test images, by an exact sign-flip test of the paired differences, the two p values corrected by Holm's method; a
-difference is claimed where the corrected p is below 0.05 and the bootstrap interval excludes zero. Whether the
-relative reduction of the error grows along a series of settings is tested by Page's trend test with the seeds as
-blocks; images are varied at equal steps. A variant replaces the default mixer where its mean difference to it over the
-selection settings is the highest of those that meet the cost bars and more than two standard errors above zero.
-Everything else is description.
+What was declared before any run stands in ``benchmarks.comparisons``. Everything else is description.
 """
 
 import argparse
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from hashlib import sha256
-from itertools import groupby
-from math import sqrt
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from statistics import mean, stdev
-from textwrap import fill
-from typing import Any
-
-import numpy as np
-from scipy import stats
+from statistics import mean
 
 from benchmarks.accuracy import Run, Settings
+from benchmarks.comparisons import (
+    CONTROL,
+    CONVMIX,
+    LAST,
+    LEVEL,
+    NAMES,
+    TESTS,
+    Candidate,
+    Condition,
+    Difference,
+    Series,
+    all_runs,
+    backbones,
+    candidates,
+    conditions_of,
+    is_proof,
+    series_of,
+    shared_settings,
+    standard_error,
+    title,
+    verdicts,
+)
+from benchmarks.figures import DIFFERENCES, FIGURES, figures, plot, stale_figures
 from benchmarks.robustness import CLEAN, Robustness
 from benchmarks.saliency import MEASURES, Saliency
+from benchmarks.schemes import PEERS
 from benchmarks.timing import README, RESULTS, ROOT, markdown, read_rows_of, show_tables
 
 DOCUMENT = ROOT / "docs" / "evidence.md"
-FIGURES = ROOT / "docs" / "figures"
-DIFFERENCES = "differences.svg"
-LAST, CONTROL, CONVMIX = "last", "control", "convmix"
-LEVEL = 0.05
-TESTS = (LAST, CONTROL)
-"""What ConvMix is tested against; declared, so that Holm's method counts both even where one was not run."""
-RESAMPLES = 9999
 DIVISIONS = {"--seeds", "--schemes", "--save", "--results"}
 """Options by which several processes share a table; its lines say which seeds and schemes were run."""
-STARTS = {"{arch}-{scheme}-{seed}.safetensors": "the nets", "{arch}-last-{seed}.safetensors": "the plain nets"}
-"""What runs start from, by the name of the file."""
-NAMES = {LAST: "last stage", CONTROL: "control", CONVMIX: "ConvMix"}
-
-
-# Statistics -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Paired differences of two schemes over seeds.
-
-    Args:
-        values: Other minus base, one a seed.
-    """
-
-    values: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """Their mean."""
-        return mean(self.values)
-
-    def interval(self) -> tuple[float, float] | None:
-        """Bootstrap interval of the mean, 95 %, BCa (Efron 1987); None below three seeds."""
-        if len(self.values) < 3:
-            return None
-        if len(set(self.values)) == 1:  # resampling has nothing to say, and BCa divides by zero
-            return self.values[0], self.values[0]
-        data = (np.array(self.values),)
-        found = stats.bootstrap(data, np.mean, n_resamples=RESAMPLES, confidence_level=1 - LEVEL, method="BCa", rng=0)
-        return float(found.confidence_interval.low), float(found.confidence_interval.high)
-
-    def sign(self) -> int | None:
-        """1 or -1 where the interval lies above or below zero, 0 where it holds it; None below three seeds."""
-        interval = self.interval()
-        return (interval[0] > 0) - (interval[1] < 0) if interval else None
-
-    def p_value(self) -> float:
-        """Two-sided p of the sign-flip test of the mean, exact: all ``2 ** n`` signs are counted."""
-        data = (np.array(self.values),)
-        found = stats.permutation_test(data, np.mean, permutation_type="samples", n_resamples=np.inf)
-        return float(found.pvalue)
-
-
-def holm(p_values: Mapping[str, float], tests: int) -> dict[str, float]:
-    """Holm's correction (1979).
-
-    Args:
-        p_values: Of the tests that could be made.
-        tests: How many were declared.
-    """
-    corrected, highest = {}, 0.0
-    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-        highest = max(highest, min(1.0, (tests - rank) * p_values[name]))
-        corrected[name] = highest
-    return corrected
-
-
-def can_claim(seeds: int) -> bool:
-    """Whether the smallest p that the sign-flip test can give, corrected, lies below the level."""
-    return len(TESTS) * 2 / 2**seeds < LEVEL
-
-
-def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None for one value."""
-    return stdev(values) / sqrt(len(values)) if len(values) > 1 else None
-
-
-# Settings -------------------------------------------------------------------------------------------------------------
-
-FREE = dict(scheme="", seed=0, init_sha256="", data="")
-
-
-@dataclass(frozen=True)
-class Condition:
-    """All runs that differ in scheme and seed only.
-
-    Args:
-        settings: What they share.
-        runs: Scheme -> seed -> run.
-    """
-
-    settings: Settings
-    runs: dict[str, dict[int, Run]]
-
-    def seeds(self, *schemes: str) -> list[int]:
-        """Those that every one of some schemes was run with."""
-        return sorted(set.intersection(*(set(self.runs.get(scheme, ())) for scheme in schemes)))
-
-    def values(self, scheme: str, name: str = "top1") -> list[float]:
-        """One a seed, of a column."""
-        return [getattr(run, name) for _, run in sorted(self.runs[scheme].items())]
-
-    def difference(self, base: str, other: str, name: str = "top1") -> Difference | None:
-        """Of a column, over the seeds that both have; None where there are none."""
-        pairs = [(self.runs[base][seed], self.runs[other][seed]) for seed in self.seeds(base, other)]
-        return Difference(tuple(getattr(b, name) - getattr(a, name) for a, b in pairs)) if pairs else None
-
-    def reductions(self, base: str, other: str) -> dict[int, float]:
-        """By how many percent the error falls, for each seed that both have."""
-        return {
-            seed: 100 * (1 - (100 - self.runs[other][seed].top1) / (100 - self.runs[base][seed].top1))
-            for seed in self.seeds(base, other)
-            if self.runs[base][seed].top1 < 100
-        }
-
-    @property
-    def params(self) -> int:
-        """Of the smallest scheme that was run: the backbone's, where the last stage was."""
-        return min(run.params for by_seed in self.runs.values() for run in by_seed.values())
-
-
-def conditions_of(runs: Iterable[Run]) -> list[Condition]:
-    """Group runs, in the order in which the first of each group was made.
-
-    Raises:
-        ValueError: Two groups differ in their data alone.
-    """
-    groups: dict[Settings, dict[str, dict[int, Run]]] = {}
-    digests: dict[Settings, str] = {}
-    for run in runs:
-        shared = shared_settings(run)
-        if digests.setdefault(shared, run.data) != run.data:
-            raise ValueError(
-                f"Runs on {run.dataset} saw different images ({digests[shared]}, {run.data}): name them apart."
-            )
-        groups.setdefault(shared, {}).setdefault(run.scheme, {})[run.seed] = run
-    return [Condition(settings, by_scheme) for settings, by_scheme in groups.items()]
-
-
-def shared_settings(row: Settings) -> Settings:
-    """What rows of all schemes and seeds share."""
-    return Settings(**{name: getattr(row, name) for name in Settings.__dataclass_fields__} | FREE)
-
-
-def title(settings: Settings) -> str:
-    """What a setting is about: data set, part of it, size, backbone, start."""
-    words = [f"{settings.dataset}, {settings.classes} classes"]
-    if settings.fraction < 1:
-        words.append(f"{settings.images} images")
-    words.append(f"{settings.size} px, {settings.arch}, {settings.epochs} epochs")
-    if settings.init:
-        start = Path(settings.init)
-        nets = f"{STARTS[start.name]} of {start.parent}" if start.name in STARTS else str(start)
-        words.append(f"{'linear probe' if settings.freeze else 'fine-tuned'} from {nets}")
-    return ", ".join(words)
-
-
-def recipe(settings: Settings) -> str:
-    """How a setting was trained."""
-    return (
-        f"{settings.images} training images, {settings.opt}, learning rate {settings.lr:g}, momentum"
-        f" {settings.momentum:g}, weight decay {settings.weight_decay:g}, batch {settings.batch}, warm-up"
-        f" {settings.warmup:g}, label smoothing {settings.smoothing:g}, crop padding {settings.padding},"
-        f" {settings.mode}"
-    )
 
 
 # Numbers as text ------------------------------------------------------------------------------------------------------
@@ -222,78 +68,13 @@ def show_difference(difference: Difference | None) -> str:
     return f"{difference.mean:+.2f}" + (f" ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else "")
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What a declared test says.
-
-    Args:
-        seeds: Pairs it rests on.
-        p: After Holm's correction; None where the seeds are too few for any claim.
-        claim: 1 where ConvMix is claimed to be better, -1 worse, 0 neither.
-    """
-
-    seeds: int
-    p: float | None
-    claim: int
-
-    def __str__(self) -> str:
-        if self.p is None:
-            return f"n = {self.seeds}: no claim"
-        return f"**p = {self.p:.3f}**" if self.claim else f"p = {self.p:.3f}: no claim"
-
-
-def verdicts(condition: Condition) -> dict[str, Verdict]:
-    """One for each declared test of which both schemes were run."""
-    found = {base: difference for base in TESTS if (difference := condition.difference(base, CONVMIX))}
-    p_values = {base: difference.p_value() for base, difference in found.items() if can_claim(len(difference.values))}
-    corrected = holm(p_values, len(TESTS))
-    result = {}
-    for base, difference in found.items():
-        claim = (difference.sign() or 0) if corrected.get(base, 1) < LEVEL else 0
-        result[base] = Verdict(len(difference.values), corrected.get(base), claim)
-    return result
-
-
-def answers(conditions: Sequence[Condition]) -> str:
-    """The two declared tests over all settings, in words."""
-    words = {1: "higher", -1: "lower", 0: "not shown to differ", None: "not tested yet (too few seeds)"}
-    sentences = []
-    for base in TESTS:
-        made = [verdict for condition in conditions if (verdict := verdicts(condition).get(base))]
-        found = [None if verdict.p is None else verdict.claim for verdict in made]
-        counts = [f"{word} in {found.count(claim)}" for claim, word in words.items() if claim in found]
-        if found:
-            settings = f"{len(found)} setting{'s' * (len(found) > 1)}"
-            sentences.append(f"Against the {NAMES[base]}, ConvMix's accuracy is {', '.join(counts)} of {settings}.")
-            if base == CONTROL and -1 in found:
-                sentences.append(
-                    "Where it is lower, a further layer on the deepest stage does more than mixing stages."
-                )
-    return " ".join(sentences)
-
-
-def fit(conditions: Sequence[Condition]) -> str:
-    """Whether ConvMix acts as a regulariser, in words: its training loss, and the gap from there to the test loss.
-
-    '' where fewer than three seeds stand in every setting.
-    """
-    signs: dict[str, list[int]] = {"loss": [], "gap": []}
-    for condition in conditions:
-        pairs = [(condition.runs[LAST][seed], condition.runs[CONVMIX][seed]) for seed in condition.seeds(LAST, CONVMIX)]
-        losses = Difference(tuple(own.train_loss - base.train_loss for base, own in pairs))
-        gaps = Difference(tuple((own.loss - own.train_loss) - (base.loss - base.train_loss) for base, own in pairs))
-        for found, difference in zip(signs.values(), (losses, gaps), strict=True):
-            if (sign := difference.sign()) is not None:
-                found.append(sign)
-    loss, gap = signs.values()
-    if not loss:
-        return ""
+def recipe(settings: Settings) -> str:
+    """How a setting was trained."""
     return (
-        f"A regulariser fits the training images less and narrows the gap to the test loss. By the 95 % interval of the"
-        f" paired difference to the last stage's, ConvMix's training loss in the last epoch is higher in"
-        f" {loss.count(1)} and lower in {loss.count(-1)} of {len(loss)} settings, and the gap is narrower in"
-        f" {gap.count(-1)} and wider in {gap.count(1)}."
-        f"{'' if gap.count(-1) > gap.count(1) else ' These runs do not show the regulariser that the paper reports.'}"
+        f"{settings.images} training images, {settings.opt}, learning rate {settings.lr:g}, momentum"
+        f" {settings.momentum:g}, weight decay {settings.weight_decay:g}, batch {settings.batch}, warm-up"
+        f" {settings.warmup:g}, label smoothing {settings.smoothing:g}, crop padding {settings.padding},"
+        f" {settings.mode}"
     )
 
 
@@ -310,12 +91,67 @@ def provenance(runs: Sequence[Run]) -> str:
     )
 
 
-def all_runs(conditions: Iterable[Condition]) -> list[Run]:
-    """Every run of some conditions."""
-    return [run for condition in conditions for by_seed in condition.runs.values() for run in by_seed.values()]
+def commands(rows: Sequence[Run] | Sequence[Robustness] | Sequence[Saliency]) -> str:
+    """The commands that made some rows, each once, without what only divides the work."""
+    return ", ".join(f"`{command}`" for command in sorted({whole_command(row.argv) for row in rows}))
 
 
-# Tables ---------------------------------------------------------------------------------------------------------------
+def whole_command(argv: str) -> str:
+    """A command without ``DIVISIONS`` and their values."""
+    kept, dropping = [], False
+    for word in shlex.split(argv):
+        if word.startswith("--"):
+            dropping = word in DIVISIONS
+        if not dropping:
+            kept.append(word)
+    return shlex.join(kept)
+
+
+# Answers: a sentence and a table a question ---------------------------------------------------------------------------
+
+
+def count_words(found: Sequence[int | None]) -> str:
+    """Signs, counted: 'higher in 2, not shown to differ in 1 of 3'."""
+    words = {1: "higher", -1: "lower", 0: "not shown to differ", None: "not tested yet (too few seeds)"}
+    counts = [f"{word} in {found.count(sign)}" for sign, word in words.items() if sign in found]
+    return f"{', '.join(counts)} of {len(found)}"
+
+
+def chosen(found: Sequence[Candidate]) -> str:
+    """Whether a candidate does better than the default, in words."""
+    if not found:
+        return ""
+    better = [f"`{one.scheme}`" for one in found if one.error is not None and one.mean > 2 * one.error]
+    worse = sum(one.error is not None and one.mean < -2 * one.error for one in found)
+    return (
+        f"Of {len(found)} schemes beside the default, on the hold-out, {worse} are more than two standard errors worse;"
+        f" more than two standard errors better: {', '.join(better) or 'none'}."
+    )
+
+
+def choice(found: Sequence[Candidate]) -> str:
+    """A line a candidate."""
+    lines = []
+    for one in found:
+        text = f"{one.mean:+.2f}" + ("" if one.error is None else f" ± {one.error:.2f}")
+        lines.append([one.scheme, text, str(len(one.differences)), str(sum(len(d.values) for d in one.differences))])
+    return markdown(["", "top-1 to ConvMix, points", "settings", "pairs of runs"], lines) if lines else ""
+
+
+def answers(conditions: Sequence[Condition]) -> str:
+    """The two declared tests over all settings, in words."""
+    sentences = []
+    for base in TESTS:
+        made = [verdict for condition in conditions if (verdict := verdicts(condition).get(base))]
+        found = [None if verdict.p is None else verdict.claim for verdict in made]
+        if found:
+            settings = f"setting{'s' * (len(found) > 1)}"
+            sentences.append(f"Against the {NAMES[base]}, ConvMix's accuracy is {count_words(found)} {settings}.")
+            if base == CONTROL and -1 in found:
+                sentences.append(
+                    "Where it is lower, a further layer on the deepest stage does more than mixing stages."
+                )
+    return " ".join(sentences)
 
 
 def claims(conditions: Sequence[Condition]) -> str:
@@ -344,109 +180,28 @@ def claims(conditions: Sequence[Condition]) -> str:
     return markdown(header, lines) if lines else ""
 
 
-def schemes_table(condition: Condition) -> str:
-    """Every scheme of one setting, described: differences to the last stage, and cost."""
-    plain = condition.runs.get(LAST)
-    base = min(plain.values(), key=lambda run: run.seed) if plain else None
-    lines = []
-    for scheme, runs in sorted(condition.runs.items(), key=lambda item: -mean(condition.values(item[0]))):
-        run = next(iter(runs.values()))
-        difference = condition.difference(LAST, scheme) if base and scheme != LAST else None
-        lines.append(
-            [
-                scheme,
-                str(len(runs)),
-                *(show_mean(condition.values(scheme, name)) for name in ("top1", "top5", "loss", "train_loss", "ece")),
-                show_difference(difference),
-                *(f"{getattr(run, name) / getattr(base, name):.4f}" if base else "" for name in ("params", "macs")),
-                str(sum(run.diverged > 0 for run in runs.values()) or ""),
-            ]
-        )
-    header = ["", "seeds", "top-1, %", "top-5, %", "loss", "training loss", "calibration error, %"]
-    header += ["top-1 to last stage, points", "parameters", "MACs", "diverged"]
-    return markdown(header, lines)
-
-
-def choice(conditions: Sequence[Condition]) -> str:
-    """Mean difference of each variant to ConvMix over the selection settings that hold both, best first.
-
-    Its standard error is that of the seeds within the settings.
-    """
-    found: dict[str, list[Difference]] = {}
+def against_peers(conditions: Sequence[Condition]) -> str:
+    """ConvMix against every peer but the last stage, in words; '' without runs."""
+    found: dict[str, list[int]] = {}
     for condition in conditions:
-        for scheme in condition.runs:
-            if scheme != CONVMIX and (difference := condition.difference(CONVMIX, scheme)):
-                found.setdefault(scheme, []).append(difference)
-    lines = []
-    for scheme, differences in sorted(found.items(), key=lambda item: -mean(d.mean for d in item[1])):
-        errors = [error for d in differences if (error := standard_error(d.values)) is not None]
-        text = f"{mean(d.mean for d in differences):+.2f}"
-        if len(errors) == len(differences):
-            text += f" ± {sqrt(sum(error**2 for error in errors)) / len(errors):.2f}"
-        lines.append([scheme, text, str(len(differences)), str(sum(len(d.values) for d in differences))])
-    return markdown(["", "top-1 to ConvMix, points", "settings", "pairs of runs"], lines) if lines else ""
+        for peer in PEERS.keys() - {LAST}:
+            difference = condition.difference(peer, CONVMIX)
+            if difference and (sign := difference.sign()) is not None:
+                found.setdefault(peer, []).append(sign)
+    if not found:
+        return ""
+    counts = "; ".join(f"`{peer}`: {count_words(found[peer])}" for peer in PEERS if peer in found)
+    return f"ConvMix's accuracy against the peers, by the 95 % interval: {counts} settings."
 
 
-@dataclass(frozen=True)
-class Series:
-    """Settings that differ in one thing that has an order.
-
-    Args:
-        what: The thing.
-        conditions: In its order.
-        position: Where a condition lies.
-    """
-
-    what: str
-    conditions: list[Condition]
-    position: Callable[[Condition], float]
-
-    def table(self) -> list[tuple[float, dict[int, float]]]:
-        """Position, and relative reduction of the error for each seed, a setting."""
-        return [(self.position(condition), condition.reductions(LAST, CONVMIX)) for condition in self.conditions]
-
-    def p_value(self) -> float | None:
-        """Of Page's test that the reduction grows (one-sided); None below three settings or two common seeds."""
-        columns = [reductions for _, reductions in self.table()]
-        seeds = sorted(set.intersection(*map(set, columns)))
-        if len(columns) < 3 or len(seeds) < 2:
-            return None
-        blocks = [[column[seed] for column in columns] for seed in seeds]
-        return float(stats.page_trend_test(blocks).pvalue)
-
-
-def series_of(conditions: Sequence[Condition]) -> list[Series]:
-    """The declared series, all else equal: class count, training images at equal steps, epochs, size of a ResNet."""
-    axes: dict[str, tuple[Callable[[Settings], Settings], Callable[[Condition], float]]] = {
-        "number of classes": (partial(replace, classes=0, images=0), lambda c: c.settings.classes),
-        "training images": (at_equal_steps, lambda c: c.settings.images),
-        "epochs": (partial(replace, epochs=0), lambda c: c.settings.epochs),
-        "parameters of a ResNet": (partial(replace, arch=""), lambda c: c.params),
-    }
-    usable = [condition for condition in conditions if condition.reductions(LAST, CONVMIX)]
-    found = []
-    for what, (shared, position) in axes.items():
-        chosen = [c for c in usable if shared(c.settings).arch or c.settings.arch.startswith("resnet")]
-        for group in alike(chosen, shared):
-            ordered = sorted(group, key=position)
-            if len(ordered) > 1:
-                found.append(Series(what, ordered, position))
-    return found
-
-
-def at_equal_steps(settings: Settings) -> Settings:
-    """Settings whose number of images is free, and that saw as many in all."""
-    return replace(settings, fraction=0.0, images=0, epochs=settings.images * settings.epochs)
-
-
-def alike(conditions: Iterable[Condition], shared: Callable[[Settings], Settings]) -> Iterator[list[Condition]]:
-    """Groups of what shares something."""
-
-    def key(condition: Condition) -> str:
-        return str(shared(condition.settings))
-
-    for _, group in groupby(sorted(conditions, key=key), key=key):
-        yield list(group)
+def grows(series: Sequence[Series]) -> str:
+    """Whether the gain grows, in words."""
+    names: dict[bool | None, list[str]] = {True: [], False: [], None: []}
+    for one in series:
+        p = one.p_value()
+        names[None if p is None else p < LEVEL].append(f"{one.what} ({one.conditions[-1].settings.dataset})")
+    words = {True: "It grows with", False: "It is not shown to grow with", None: "Not tested (too few) with"}
+    return " ".join(f"{words[found]}: {', '.join(those)}." for found, those in names.items() if those)
 
 
 def trends(series: Sequence[Series]) -> str:
@@ -462,24 +217,122 @@ def trends(series: Sequence[Series]) -> str:
     return markdown(["", "error reduction, %", "seeds", "it grows (Page)"], lines) if lines else ""
 
 
+def smaller(conditions: Sequence[Condition]) -> str:
+    """Whether ConvMix does more than taking the next larger backbone, in words; '' without two backbones."""
+    pairs = [
+        mean(a.values(CONVMIX)) > mean(b.values(LAST))
+        for group in backbones(conditions)
+        for a, b in pairwise(sorted(group, key=lambda c: mean(c.values(LAST, "macs"))))
+    ]
+    if not pairs:
+        return ""
+    return (
+        f"Of two backbones that follow each other in MACs, the smaller with ConvMix is more accurate than the larger"
+        f" alone in {sum(pairs)} of {len(pairs)} pairs, by the means."
+    )
+
+
+def price(conditions: Sequence[Condition]) -> str:
+    """Accuracy and cost of each backbone, alone and with ConvMix, where settings differ in the backbone only."""
+    lines = []
+    for group in backbones(conditions):
+        for condition in sorted(group, key=lambda c: c.params):
+            for scheme in (LAST, CONVMIX):
+                if runs := condition.runs.get(scheme):
+                    run = next(iter(runs.values()))
+                    cells = [title(condition.settings), NAMES[scheme], str(len(runs))]
+                    cells += [f"{run.params / 1e6:.2f}", f"{run.macs / 1e6:.1f}", show_mean(condition.values(scheme))]
+                    lines.append(cells)
+    header = ["", "scheme", "seeds", "million parameters", "million MACs", "top-1, %"]
+    return markdown(header, lines) if lines else ""
+
+
+def fit(conditions: Sequence[Condition]) -> str:
+    """Whether ConvMix acts as a regulariser, in words: its training loss, and the gap from there to the test loss.
+
+    '' where fewer than three seeds stand in every setting.
+    """
+    signs: dict[str, list[int]] = {"loss": [], "gap": []}
+    for condition in conditions:
+        pairs = [(condition.runs[LAST][seed], condition.runs[CONVMIX][seed]) for seed in condition.seeds(LAST, CONVMIX)]
+        losses = Difference(tuple(own.train_loss - base.train_loss for base, own in pairs))
+        gaps = Difference(tuple((own.loss - own.train_loss) - (base.loss - base.train_loss) for base, own in pairs))
+        for found, difference in zip(signs.values(), (losses, gaps), strict=True):
+            if (sign := difference.sign()) is not None:
+                found.append(sign)
+    loss, gap = signs.values()
+    if not loss:
+        return ""
+    return (
+        f"A regulariser fits the training images less and narrows the gap to the test loss. By the 95 % interval of the"
+        f" paired difference to the last stage's, ConvMix's training loss in the last epoch is higher in"
+        f" {loss.count(1)} and lower in {loss.count(-1)} of {len(loss)} settings, and the gap is narrower in"
+        f" {gap.count(-1)} and wider in {gap.count(1)}."
+        f"{'' if gap.count(-1) > gap.count(1) else ' These runs do not show the regulariser that the paper reports.'}"
+    )
+
+
+def calibration(conditions: Sequence[Condition]) -> str:
+    """Whether ConvMix's confidence is nearer to its accuracy than the last stage's, in words; '' without runs."""
+    differences = [d for condition in conditions if (d := condition.difference(LAST, CONVMIX, "ece"))]
+    found = [sign for d in differences if (sign := d.sign()) is not None]
+    if not found:
+        return ""
+    return f"By the 95 % interval, the expected calibration error is {count_words(found)} settings (lower is better)."
+
+
+def by_corruption(rows: Sequence[Robustness]) -> dict[Settings, dict[str, dict[str, dict[int, float]]]]:
+    """Setting -> corruption -> scheme -> seed -> accuracy, the mean over severities."""
+    scores: dict[Settings, dict[str, dict[str, dict[int, list[float]]]]] = {}
+    for row in rows:
+        by_scheme = scores.setdefault(shared_settings(row), {}).setdefault(row.corruption, {})
+        by_scheme.setdefault(row.scheme, {}).setdefault(row.seed, []).append(row.top1)
+    return {
+        settings: {
+            corruption: {
+                scheme: {seed: mean(values) for seed, values in by_seed.items()}
+                for scheme, by_seed in by_scheme.items()
+            }
+            for corruption, by_scheme in corruptions.items()
+        }
+        for settings, corruptions in scores.items()
+    }
+
+
+def robust(rows: Sequence[Robustness]) -> str:
+    """Whether ConvMix is ahead on corrupted images, and whether it loses less than the last stage, in words."""
+    ahead: list[int] = []
+    losses: list[int] = []
+    for corruptions in by_corruption(rows).values():
+        clean = corruptions.get(CLEAN, {})
+        for by_scheme in (by_scheme for corruption, by_scheme in corruptions.items() if corruption != CLEAN):
+            base, own = by_scheme.get(LAST, {}), by_scheme.get(CONVMIX, {})
+            gains = {seed: own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())}
+            fresh = {seed: clean[CONVMIX][seed] - clean[LAST][seed] for seed in gains} if clean else {}
+            for found, values in ((ahead, gains.values()), (losses, (fresh[s] - gains[s] for s in fresh))):
+                sign = Difference(kept).sign() if (kept := tuple(values)) else None
+                if sign is not None:
+                    found.append(sign)
+    if not ahead:
+        return ""
+    return (
+        f"By the 95 % interval, ConvMix's accuracy on corrupted images is {count_words(ahead)} kinds of corruption, and"
+        f" the accuracy that it loses against clean images, in points, is {count_words(losses)}."
+    )
+
+
 def robustness_table(rows: Sequence[Robustness]) -> str:
     """Accuracy under each corruption, the mean over severities, and the paired difference to the last stage."""
-    scores: dict[tuple[Settings, str], dict[str, dict[int, list[float]]]] = {}
-    for row in rows:
-        by_scheme = scores.setdefault((shared_settings(row), row.corruption), {})
-        by_scheme.setdefault(row.scheme, {}).setdefault(row.seed, []).append(row.top1)
     lines = []
-    for (settings, corruption), by_scheme in scores.items():
-        means = {
-            scheme: {seed: mean(values) for seed, values in by_seed.items()} for scheme, by_seed in by_scheme.items()
-        }
-        base = means.get(LAST, {})
-        name = "clean" if corruption == CLEAN else corruption
-        for scheme, by_seed in means.items():
-            pairs = tuple(by_seed[seed] - base[seed] for seed in sorted(by_seed.keys() & base.keys()))
-            difference = show_difference(Difference(pairs)) if pairs and scheme != LAST else ""
-            cells = [scheme, str(len(by_seed)), show_mean(list(by_seed.values())), difference]
-            lines.append([f"{title(settings)}: {name}", *cells])
+    for settings, corruptions in by_corruption(rows).items():
+        for corruption, by_scheme in corruptions.items():
+            base = by_scheme.get(LAST, {})
+            name = "clean" if corruption == CLEAN else corruption
+            for scheme, by_seed in by_scheme.items():
+                pairs = tuple(by_seed[seed] - base[seed] for seed in sorted(by_seed.keys() & base.keys()))
+                difference = show_difference(Difference(pairs)) if pairs and scheme != LAST else ""
+                cells = [scheme, str(len(by_seed)), show_mean(list(by_seed.values())), difference]
+                lines.append([f"{title(settings)}: {name}", *cells])
     return markdown(["", "scheme", "seeds", "top-1, %", "to last stage, points"], lines) if lines else ""
 
 
@@ -489,28 +342,6 @@ def by_layer(rows: Sequence[Saliency]) -> dict[tuple[Settings, str], dict[str, d
     for row in rows:
         groups.setdefault((shared_settings(row), row.layer), {}).setdefault(row.scheme, {})[row.seed] = row
     return groups
-
-
-def saliency_table(rows: Sequence[Saliency]) -> str:
-    """The box measures of each layer, the mean over seeds, and the paired difference to the last stage."""
-    lines = []
-    for (settings, layer), by_scheme in by_layer(rows).items():
-        base = by_scheme.get(LAST, {})
-        for scheme, by_seed in by_scheme.items():
-            cells = [
-                f"{title(settings)}: {layer}",
-                scheme,
-                str(len(by_seed)),
-                str(min(row.count for row in by_seed.values())),
-            ]
-            for measure in MEASURES:
-                values = {seed: 100 * getattr(row, measure) for seed, row in by_seed.items()}
-                pairs = tuple(values[seed] - 100 * getattr(base[seed], measure) for seed in values if seed in base)
-                own = f"{mean(values.values()):.1f}"
-                cells.append(f"{own}, {show_difference(Difference(pairs))}" if pairs and scheme != LAST else own)
-            lines.append([*cells, f"{mean(100 * row.chance for row in by_seed.values()):.1f}"])
-    header = ["", "scheme", "seeds", "images", *(f"{text}, %" for text in MEASURES.values()), "energy by chance, %"]
-    return markdown(header, lines) if lines else ""
 
 
 def view(rows: Sequence[Saliency]) -> str:
@@ -535,10 +366,36 @@ def view(rows: Sequence[Saliency]) -> str:
     )
 
 
+def saliency_table(rows: Sequence[Saliency]) -> str:
+    """The box measures of each layer, the mean over seeds, and the paired difference to the last stage."""
+    lines = []
+    for (settings, layer), by_scheme in by_layer(rows).items():
+        base = by_scheme.get(LAST, {})
+        for scheme, by_seed in by_scheme.items():
+            cells = [
+                f"{title(settings)}: {layer}",
+                scheme,
+                str(len(by_seed)),
+                str(min(row.count for row in by_seed.values())),
+            ]
+            for measure in MEASURES:
+                values = {seed: 100 * getattr(row, measure) for seed, row in by_seed.items()}
+                pairs = tuple(values[seed] - 100 * getattr(base[seed], measure) for seed in values if seed in base)
+                own = f"{mean(values.values()):.1f}"
+                cells.append(f"{own}, {show_difference(Difference(pairs))}" if pairs and scheme != LAST else own)
+            lines.append([*cells, f"{mean(100 * row.chance for row in by_seed.values()):.1f}"])
+    header = ["", "scheme", "seeds", "images", *(f"{text}, %" for text in MEASURES.values()), "energy by chance, %"]
+    return markdown(header, lines) if lines else ""
+
+
 # Texts ----------------------------------------------------------------------------------------------------------------
 
+RULE = (
+    "On a tenth of the training images, not trained on; the standard error is that of the seeds within the settings."
+    " Declared before the runs: a variant replaces the default where it is the best of those that meet the cost bars"
+    " and its mean difference is more than two standard errors above zero."
+)
 NOTHING = "No run is recorded yet."
-FIGURE = "Differences of top-1 to the last stage and to the control: a bar a seed, their mean and its 95 % interval"
 TREND = (
     "Page's test asks whether the relative reduction of the error grows along a series. Training images are varied at"
     " equal steps: as many fewer epochs as there are more images."
@@ -551,58 +408,103 @@ EXPLANATION = (
 )
 
 
-def is_proof(condition: Condition) -> bool:
-    """Whether it was scored on the test images."""
-    return condition.settings.split == "test"
+@dataclass(frozen=True)
+class Question:
+    """What is asked, and what the runs say.
+
+    Args:
+        text: The question.
+        sentence: The answer in words; '' where no run gives any.
+        evidence: Tables, figures and explanations, '' where there is nothing to show.
+    """
+
+    text: str
+    sentence: str
+    evidence: tuple[str, ...] = ()
 
 
-def summary(conditions: Sequence[Condition], boxes: Sequence[Saliency] = ()) -> str:
+def questions(
+    conditions: Sequence[Condition], corrupted: Sequence[Robustness], boxes: Sequence[Saliency], folder: str
+) -> list[Question]:
+    """Those that some run answers.
+
+    Args:
+        conditions: All of them.
+        corrupted: Rows of ``benchmarks.robustness``.
+        boxes: Rows of ``benchmarks.saliency``.
+        folder: Of the figures, from the text.
+    """
+    proof = list(filter(is_proof, conditions))
+    scratch = [condition for condition in proof if not condition.settings.init]
+    started = [condition for condition in proof if condition.settings.init]
+    found = candidates([condition for condition in conditions if not is_proof(condition)])
+    series = series_of(proof)
+    asked = [
+        Question("Which variant is the default?", chosen(found), (choice(found), RULE)),
+        Question(
+            "Does ConvMix beat the last stage and the control?",
+            answers(scratch),
+            (claims(scratch), EXPLANATION),
+        ),
+        Question("And the peers?", against_peers(scratch)),
+        Question(
+            "Does the gain grow with the problem, and with the model?",
+            grows(series),
+            (trends(series), TREND, figures(proof, folder, "gain-")),
+        ),
+        Question("Does it carry over to other images?", answers(started), (claims(started),)),
+        Question(
+            "Is it worth more than a larger backbone?",
+            smaller(proof),
+            (price(proof), figures(proof, folder, "cost-"), "What the mixer itself costs: [cost](cost.md)."),
+        ),
+        Question(
+            "Is the view wider, and does it rest on the object?",
+            view(boxes),
+            (saliency_table(boxes), commands(boxes)),
+        ),
+        Question(
+            "Does it help on corrupted images?", robust(corrupted), (robustness_table(corrupted), commands(corrupted))
+        ),
+        Question("Is it better calibrated?", calibration(proof)),
+        Question("Does it regularise?", fit(proof)),
+    ]
+    return [question for question in asked if question.sentence]
+
+
+def summary(
+    conditions: Sequence[Condition], corrupted: Sequence[Robustness] = (), boxes: Sequence[Saliency] = ()
+) -> str:
     """The README's part."""
     proof = list(filter(is_proof, conditions))
     parts = []
     if table := claims(proof):
-        parts += [answers(proof), table, figures(proof, "docs/figures", DIFFERENCES)]
+        parts += [table, figures(proof, "docs/figures", DIFFERENCES)]
         parts.append(f"{EXPLANATION} {provenance(all_runs(proof))} All schemes: [docs/evidence.md](docs/evidence.md).")
-    if table := trends(series_of(proof)):
-        parts += [table, TREND]
-    parts += [figures(proof, "docs/figures", "gain-"), figures(proof, "docs/figures", "cost-"), fit(proof)]
-    if boxes:
-        parts.append(view(boxes))
+    asked = questions(conditions, corrupted, boxes, "docs/figures")
+    parts.append("\n".join(f"- **{question.text}** {question.sentence}" for question in asked))
+    parts += [figures(proof, "docs/figures", start) for start in ("gain-", "cost-")]
     return "\n\n".join(filter(None, parts)) or NOTHING
 
 
 def document(conditions: Sequence[Condition], corrupted: Sequence[Robustness], boxes: Sequence[Saliency]) -> str:
     """The whole of docs/evidence.md."""
-    proof = list(filter(is_proof, conditions))
-    selection = [condition for condition in conditions if not is_proof(condition)]
     parts = ["# Evidence", "Written by `python -m benchmarks.report --write` from the CSVs in benchmarks/results."]
-    if table := claims(proof):
-        parts += ["## ConvMix against the last stage and the control", answers(proof), table]
-        parts += [figures(proof, "figures", DIFFERENCES), EXPLANATION]
-    if table := trends(series_of(proof)):
-        parts += ["## Does the gain grow?", table, TREND, figures(proof, "figures", "gain-")]
-    if pictures := figures(proof, "figures", "cost-"):
-        parts += ["## Accuracy per cost", pictures]
-    if text := fit(proof):
-        parts += ["## Does it regularise?", text]
-    if proof:
-        parts += ["## Every scheme, on the test images", "Descriptive: only the two tests above were declared."]
-        parts += described(proof)
-    if selection:
-        parts += [
-            "## Selection, on the hold-out",
-            "A tenth of the training images, not trained on; nothing is claimed. Declared before the runs: a variant"
-            " replaces the default where it is the best of those that meet the cost bars and its mean difference is"
-            " more than two standard errors above zero.",
-        ]
-        parts += [choice(selection), *described(selection)]
-    if corrupted:
-        parts += ["## Corrupted images", robustness_table(corrupted), commands(corrupted)]
-    if boxes:
-        parts += ["## Where it looks", view(boxes), saliency_table(boxes), commands(boxes)]
-    if len(parts) == 2:
-        parts.append(NOTHING)
-    return "\n\n".join(filter(None, parts)) + "\n"
+    proof = list(filter(is_proof, conditions))
+    parts.append(figures(proof, "figures", DIFFERENCES))
+    for question in questions(conditions, corrupted, boxes, "figures"):
+        parts += [f"## {question.text}", question.sentence, *question.evidence]
+    for heading, explanation, chosen_conditions in (
+        ("Every scheme, on the test images", "Descriptive: only the two tests above were declared.", proof),
+        (
+            "Every scheme, on the hold-out",
+            "A tenth of the training images, not trained on; nothing is claimed.",
+            [condition for condition in conditions if not is_proof(condition)],
+        ),
+    ):
+        if chosen_conditions:
+            parts += [f"## {heading}", explanation, *described(chosen_conditions)]
+    return "\n\n".join(filter(None, parts if conditions else [*parts, NOTHING])) + "\n"
 
 
 def described(conditions: Sequence[Condition]) -> list[str]:
@@ -615,151 +517,27 @@ def described(conditions: Sequence[Condition]) -> list[str]:
     return parts
 
 
-def commands(rows: Sequence[Run] | Sequence[Robustness] | Sequence[Saliency]) -> str:
-    """The commands that made some rows, each once, without what only divides the work."""
-    return ", ".join(f"`{command}`" for command in sorted({whole_command(row.argv) for row in rows}))
-
-
-def whole_command(argv: str) -> str:
-    """A command without ``DIVISIONS`` and their values."""
-    kept, dropping = [], False
-    for word in shlex.split(argv):
-        if word.startswith("--"):
-            dropping = word in DIVISIONS
-        if not dropping:
-            kept.append(word)
-    return shlex.join(kept)
-
-
-# Plots ----------------------------------------------------------------------------------------------------------------
-
-
-def fingerprint(conditions: Sequence[Condition]) -> str:
-    """Of the scores that the figures show; each figure carries it."""
-    shown = sorted((*run.key, run.top1, run.macs) for run in all_runs(conditions))
-    return f"runs {sha256(repr(shown).encode()).hexdigest()}"
-
-
-def draw_differences(axes: Any, tested: Sequence[Condition]) -> None:
-    """A line a setting, a tick a seed, and the mean with its interval: to the last stage and to the control."""
-    for base, offset, color in ((LAST, -0.15, "tab:blue"), (CONTROL, 0.15, "tab:orange")):
-        found = [(row + offset, d) for row, c in enumerate(tested) if (d := c.difference(base, CONVMIX))]
-        for height, difference in found:
-            axes.plot(difference.values, [height] * len(difference.values), "|", color=color, alpha=0.6)
-        means = [difference.mean for _, difference in found]
-        ends = [difference.interval() or (difference.mean,) * 2 for _, difference in found]
-        spread = [[m - low for m, (low, _) in zip(means, ends, strict=True)]]
-        spread += [[high - m for m, (_, high) in zip(means, ends, strict=True)]]
-        heights = [height for height, _ in found]
-        axes.errorbar(means, heights, xerr=spread, fmt="o", capsize=3, color=color, label=f"to the {NAMES[base]}")
-    axes.axvline(0, color="grey", linewidth=0.8)
-    axes.set(xlabel="top-1 of ConvMix minus theirs, points", ylim=(len(tested) - 0.5, -0.5))
-    axes.set_yticks(range(len(tested)), [fill(title(c.settings), 30) for c in tested], fontsize="small")
-    axes.legend(fontsize="small", ncols=2, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
-
-
-def draw_series(axes: Any, series: Sequence[Series], what: str) -> None:
-    """The gain along what grows, a line a series."""
-    for one in series:
-        points = [(position, list(reductions.values())) for position, reductions in one.table()]
-        x, y = [position for position, _ in points], [mean(values) for _, values in points]
-        errors = [standard_error(values) or 0 for _, values in points]
-        settings = one.conditions[-1].settings
-        axes.errorbar(x, y, errors, marker="o", capsize=3, label=f"{settings.dataset}, {settings.arch}")
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set(xlabel=what, ylabel="error reduction, % (± standard error)", xscale="log")
-    ticks = sorted({position for one in series for position, _ in one.table()})
-    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-    axes.minorticks_off()
-    axes.legend(fontsize="small")
-
-
-def draw_cost(axes: Any, conditions: Sequence[Condition], dataset: str) -> None:
-    """Accuracy against MACs, a point a backbone and scheme."""
-    for scheme in (LAST, CONTROL, CONVMIX):
-        chosen = [c for c in conditions if scheme in c.runs]
-        x = [mean(c.values(scheme, "macs")) / 1e6 for c in chosen]
-        errors = [standard_error(c.values(scheme)) or 0 for c in chosen]
-        axes.errorbar(x, [mean(c.values(scheme)) for c in chosen], errors, fmt="o", capsize=3, label=NAMES[scheme])
-    axes.set(xlabel="million MACs", ylabel="top-1, % (± standard error)", xscale="log", title=dataset)
-    axes.legend(fontsize="small")
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure that can be drawn.
-
-    Args:
-        text: What it shows.
-        size: In inches.
-        draw: Draws it on matplotlib's axes.
-    """
-
-    text: str
-    size: tuple[float, float]
-    draw: Callable[[Any], None]
-
-
-def list_drawings(proof: Sequence[Condition]) -> dict[str, Drawing]:
-    """File name -> drawing.
-
-    The differences that were tested, the gain along each series, and accuracy against cost where settings differ in the
-    backbone only.
-    """
-    drawings: dict[str, Drawing] = {}
-    if tested := [c for c in proof if c.difference(LAST, CONVMIX)]:
-        size = 7, 1.3 + 0.7 * len(tested)
-        drawings[DIFFERENCES] = Drawing(FIGURE, size, partial(draw_differences, tested=tested))
-    series = series_of(proof)
-    for what in dict.fromkeys(one.what for one in series):
-        draw = partial(draw_series, series=[one for one in series if one.what == what], what=what)
-        drawings[f"gain-{what.replace(' ', '-')}.svg"] = Drawing(
-            f"Reduction of the error along: {what}", (5, 3.5), draw
+def schemes_table(condition: Condition) -> str:
+    """Every scheme of one setting, described: differences to the last stage, and cost."""
+    plain = condition.runs.get(LAST)
+    base = min(plain.values(), key=lambda run: run.seed) if plain else None
+    lines = []
+    for scheme, runs in sorted(condition.runs.items(), key=lambda item: -mean(condition.values(item[0]))):
+        run = next(iter(runs.values()))
+        difference = condition.difference(LAST, scheme) if base and scheme != LAST else None
+        lines.append(
+            [
+                scheme,
+                str(len(runs)),
+                *(show_mean(condition.values(scheme, name)) for name in ("top1", "top5", "loss", "train_loss", "ece")),
+                show_difference(difference),
+                *(f"{getattr(run, name) / getattr(base, name):.4f}" if base else "" for name in ("params", "macs")),
+                str(sum(run.diverged > 0 for run in runs.values()) or ""),
+            ]
         )
-    nets = (group for group in alike(proof, partial(replace, arch="")) if len(group) > 1)
-    for number, group in enumerate(nets, start=1):
-        dataset = group[0].settings.dataset
-        draw = partial(draw_cost, conditions=group, dataset=dataset)
-        drawings[f"cost-{dataset}-{number}.svg"] = Drawing(f"Accuracy against MACs on {dataset}", (5, 3.5), draw)
-    return drawings
-
-
-def figures(proof: Sequence[Condition], folder: str, start: str) -> str:
-    """Those of a folder whose names start alike, as markdown; '' where there are none."""
-    found = list_drawings(proof).items()
-    return "\n".join(f"![{drawing.text}]({folder}/{name})" for name, drawing in found if name.startswith(start))
-
-
-def stale_figures(conditions: Sequence[Condition], folder: Path) -> list[str]:
-    """Names of the figures that are missing in a folder, or were drawn from other runs."""
-    proof = list(filter(is_proof, conditions))
-    current = fingerprint(proof)
-    paths = [folder / name for name in list_drawings(proof)]
-    return [path.name for path in paths if not path.is_file() or current not in path.read_text()]
-
-
-def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
-    """Draw what ``list_drawings`` lists.
-
-    Returns:
-        The files written: none where there is nothing to draw.
-    """
-    import matplotlib as mpl  # noqa: PLC0415  (of the extra 'benchmarks'; only plots need it)
-
-    mpl.use("agg")
-    mpl.rcParams["svg.hashsalt"] = "timm-convmix"  # the same file from the same numbers
-    from matplotlib import pyplot as plt  # noqa: PLC0415
-
-    proof = list(filter(is_proof, conditions))
-    drawings = list_drawings(proof)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, drawing in drawings.items():
-        figure, axes = plt.subplots(figsize=drawing.size)
-        drawing.draw(axes)
-        figure.tight_layout()
-        figure.savefig(folder / name, metadata={"Date": None, "Description": fingerprint(proof)})
-        plt.close(figure)
-    return [folder / name for name in drawings]
+    header = ["", "seeds", "top-1, %", "top-5, %", "loss", "training loss", "calibration error, %"]
+    header += ["top-1 to last stage, points", "parameters", "MACs", "diverged"]
+    return markdown(header, lines)
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
@@ -796,7 +574,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     text = document(conditions, corrupted, boxes)
     status = show_tables(
-        [(args.readme, summary(conditions, boxes))],
+        [(args.readme, summary(conditions, corrupted, boxes))],
         name="evidence",
         write=args.write,
         check=args.check,

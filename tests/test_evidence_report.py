@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import report, saliency, timing
+from benchmarks import comparisons, report, saliency, timing
 from benchmarks.accuracy import Run, Saved, Scores, Settings
+from benchmarks.comparisons import Difference
 from benchmarks.images import Images
-from benchmarks.report import Difference
 from benchmarks.robustness import Robustness
 from benchmarks.saliency import Saliency
 
@@ -119,21 +119,21 @@ def test_the_interval_is_a_bootstrap_s():
 
 
 def test_holm():
-    assert report.holm({"a": 0.01, "b": 0.04}, 2) == {"a": 0.02, "b": 0.04}
-    assert report.holm({"a": 0.03, "b": 0.02}, 2) == {"b": 0.04, "a": 0.04}
-    assert report.holm({"a": 0.03}, 2) == {"a": 0.06}
-    assert report.holm({"a": 0.9, "b": 0.8}, 2) == {"a": 1.0, "b": 1.0}
+    assert comparisons.holm({"a": 0.01, "b": 0.04}, 2) == {"a": 0.02, "b": 0.04}
+    assert comparisons.holm({"a": 0.03, "b": 0.02}, 2) == {"b": 0.04, "a": 0.04}
+    assert comparisons.holm({"a": 0.03}, 2) == {"a": 0.06}
+    assert comparisons.holm({"a": 0.9, "b": 0.8}, 2) == {"a": 1.0, "b": 1.0}
 
 
 def test_how_many_seeds_a_claim_needs():
-    assert [report.can_claim(seeds) for seeds in (3, 6, 7, 8)] == [False, False, True, True]
+    assert [comparisons.can_claim(seeds) for seeds in (3, 6, 7, 8)] == [False, False, True, True]
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
 def test_numbers_of_the_claims_equal_a_computation_of_their_own():
-    text = report.claims(report.conditions_of(paired(DIFFERENCES)))
+    text = report.claims(comparisons.conditions_of(paired(DIFFERENCES)))
     cells = [cell.strip() for cell in text.splitlines()[2].strip("|").split("|")]
     own = [60 + seed / 10 for seed in range(3, 11)]
     mixed = [a + b for a, b in zip(own, DIFFERENCES, strict=True)]
@@ -148,15 +148,15 @@ def test_numbers_of_the_claims_equal_a_computation_of_their_own():
 
 
 def test_no_claim_without_seeds_or_difference():
-    few = report.claims(report.conditions_of(paired(DIFFERENCES[:3])))
+    few = report.claims(comparisons.conditions_of(paired(DIFFERENCES[:3])))
     assert few.count("n = 3: no claim") == 2
     assert "p =" not in few.splitlines()[2]
-    none = report.claims(report.conditions_of(paired(BEST))).splitlines()[2]
+    none = report.claims(comparisons.conditions_of(paired(BEST))).splitlines()[2]
     assert none.count(": no claim") == 2
     assert "**" not in none
-    alone = report.claims(report.conditions_of(row for row in paired(DIFFERENCES) if row.scheme != "control"))
+    alone = report.claims(comparisons.conditions_of(row for row in paired(DIFFERENCES) if row.scheme != "control"))
     assert f"**p = {2 * sign_flip(DIFFERENCES):.3f}**" in alone  # the other test counts even where it was not run
-    one = report.claims(report.conditions_of(paired([0.5])))
+    one = report.claims(comparisons.conditions_of(paired([0.5])))
     assert "| 60.30 | 60.55 | 60.80 | +0.50 | n = 1: no claim |" in one
 
 
@@ -165,45 +165,50 @@ def test_answers_in_words():
     rows = paired(DIFFERENCES) + paired(worse, lr=0.2) + paired(DIFFERENCES[:3], lr=0.3) + paired(BEST, lr=0.4)
     counted = "ConvMix's accuracy is higher in 1, lower in 1, not shown to differ in 1,"
     counted += " not tested yet (too few seeds) in 1 of 4 settings."
-    text = report.answers(report.conditions_of(rows))
+    text = report.answers(comparisons.conditions_of(rows))
     lower = "Where it is lower, a further layer on the deepest stage does more than mixing stages."
     assert text == f"Against the last stage, {counted} Against the control, {counted} {lower}"
-    assert lower not in report.answers(report.conditions_of(paired(DIFFERENCES)))
+    assert lower not in report.answers(comparisons.conditions_of(paired(DIFFERENCES)))
     alone = [row for row in paired(DIFFERENCES) if row.scheme != "control"]
-    assert report.summary(report.conditions_of(alone)).startswith(
-        "Against the last stage, ConvMix's accuracy is higher in 1 of 1 setting.\n"
-    )
+    assert (
+        "\n- **Does ConvMix beat the last stage and the control?** Against the last stage, ConvMix's accuracy is"
+        " higher in 1 of 1 setting.\n"
+    ) in report.summary(comparisons.conditions_of(alone))
 
 
 def test_only_paired_seeds_are_compared():
     rows = [row for row in paired(DIFFERENCES) if (row.scheme, row.seed) != ("last", 3)]
-    (condition,) = report.conditions_of(rows)
+    (condition,) = comparisons.conditions_of(rows)
     assert condition.difference("last", "convmix").values == pytest.approx(DIFFERENCES[1:])
     more = [*paired(DIFFERENCES), run("last", 99, 0.0)]  # a baseline that ConvMix does not have yet
-    assert report.claims(report.conditions_of(more)) == report.claims(report.conditions_of(paired(DIFFERENCES)))
+    assert report.claims(comparisons.conditions_of(more)) == report.claims(
+        comparisons.conditions_of(paired(DIFFERENCES))
+    )
 
 
 def test_settings_are_kept_apart():
     rows = paired([0.5]) + paired([0.7], lr=0.2) + paired([0.1], split="holdout") + paired([0.3], init="a", freeze=1)
-    conditions = report.conditions_of(rows)
+    conditions = comparisons.conditions_of(rows)
     assert len(conditions) == 4
     text = report.document(conditions, [], [])
     assert text.count("\n### ") == 4
     assert "linear probe from a" in text
-    selection = text[text.index("## Selection") :]
+    selection = text[text.index("## Every scheme, on the hold-out") :]
     assert "+0.10" in selection
     assert "+0.50" not in selection
-    assert "holdout" not in report.summary(conditions)
+    started = text[text.index("## Does it carry over") : text.index("## Every scheme, on the test")]
+    assert "+0.30" in started
+    assert "+0.50" not in started
     with pytest.raises(ValueError, match="Runs on noise saw different images"):
-        report.conditions_of([*paired([0.5]), run("last", 9, 60, data="cd")])
+        comparisons.conditions_of([*paired([0.5]), run("last", 9, 60, data="cd")])
 
 
 def test_a_title_says_what_a_setting_started_from():
-    settings = report.shared_settings(run("last", 3, 60.0, init="tiny/{arch}-{scheme}-{seed}.safetensors"))
-    assert report.title(settings).endswith(", 3 epochs, fine-tuned from the nets of tiny")
+    settings = comparisons.shared_settings(run("last", 3, 60.0, init="tiny/{arch}-{scheme}-{seed}.safetensors"))
+    assert comparisons.title(settings).endswith(", 3 epochs, fine-tuned from the nets of tiny")
     warm = replace(settings, init="tiny/{arch}-last-{seed}.safetensors")
-    assert report.title(warm).endswith(", fine-tuned from the plain nets of tiny")
-    assert report.title(replace(warm, freeze=1, init="a/b")).endswith(", linear probe from a/b")
+    assert comparisons.title(warm).endswith(", fine-tuned from the plain nets of tiny")
+    assert comparisons.title(replace(warm, freeze=1, init="a/b")).endswith(", linear probe from a/b")
 
 
 def test_the_best_variant_of_the_selection():
@@ -213,11 +218,20 @@ def test_the_best_variant_of_the_selection():
         for scheme, gain, slope in (("convmix", 0, 0), ("grid", 1.5, 0.3), ("gem", -0.5, 0))
         for lr in (0.1, 0.2)[: 1 + (scheme != "gem")]
     ]
-    text = report.choice(report.conditions_of(rows))
+    found = comparisons.candidates(comparisons.conditions_of(rows))
+    text = report.choice(found)
+    assert report.chosen(found) == (
+        "Of 2 schemes beside the default, on the hold-out, 1 are more than two standard errors worse; more than two"
+        " standard errors better: `grid`."
+    )
     error = 0.3 / 3**0.5 / 2**0.5  # of a setting's three seeds; of two settings
     assert text.splitlines()[2:] == [f"| grid | +1.80 ± {error:.2f} | 2 | 6 |", "| gem | -0.50 ± 0.00 | 1 | 3 |"]
-    text = report.choice(report.conditions_of([row for row in rows if row.seed == 0]))
-    assert "| grid | +1.50 | 2 | 2 |" in text
+    found = comparisons.candidates(comparisons.conditions_of([row for row in rows if row.seed == 0]))
+    assert "| grid | +1.50 | 2 | 2 |" in report.choice(found)
+    assert "0 are more than two standard errors worse; more than two standard errors better: none." in report.chosen(
+        found
+    )
+    assert report.choice([]) == report.chosen([]) == ""
 
 
 def test_trends():
@@ -225,12 +239,12 @@ def test_trends():
     for classes, gain in ((10, 0.1), (50, 0.5), (100, 1.0)):
         gains = [gain + noise / 10 for noise in BEST]
         growing += paired(gains, classes=classes, images=5 * classes)
-    (series,) = report.series_of(report.conditions_of(growing))
+    (series,) = comparisons.series_of(comparisons.conditions_of(growing))
     assert series.what == "number of classes"
     assert [position for position, _ in series.table()] == [10, 50, 100]
     assert series.p_value() < 0.001
     flat = [replace(row, top1=row.top1) for row in growing if row.classes != 50]
-    (short,) = report.series_of(report.conditions_of(flat))
+    (short,) = comparisons.series_of(comparisons.conditions_of(flat))
     assert short.p_value() is None
     text = report.trends([series, short])
     assert "10: 0.3; 50: 1.3; 100: 2.6 | 8 | p = 0.000 |" in text
@@ -238,15 +252,54 @@ def test_trends():
     parts = [row for n in (50, 125) for row in paired(DIFFERENCES, fraction=n / 500, images=n, epochs=1500 // n)]
     longer = paired(DIFFERENCES, epochs=6) + paired(DIFFERENCES, fraction=0.5, images=250)  # more steps, and fewer
     nets = [row for arch in ("resnet34_cifar", "vgg16_bn_cifar") for row in paired(DIFFERENCES, arch=arch)]
-    found = report.series_of(report.conditions_of(paired(DIFFERENCES) + parts + longer + nets))
+    found = comparisons.series_of(comparisons.conditions_of(paired(DIFFERENCES) + parts + longer + nets))
     assert [(one.what, [position for position, _ in one.table()]) for one in found] == [
         ("training images", [50, 125, 500]),
         ("epochs", [3, 6]),
         ("parameters of a ResNet", [1000, 1000]),
     ]
-    text = report.summary(report.conditions_of(growing))
+    text = report.summary(comparisons.conditions_of(growing))
     assert text.count("docs/figures/gain-number-of-classes.svg") == 1
-    assert "| 10: 0.3; 50: 1.3; 100: 2.6 |" in text
+    assert "It grows with: number of classes (noise)." in text
+    assert "| 10: 0.3; 50: 1.3; 100: 2.6 |" in report.document(comparisons.conditions_of(growing), [], [])
+    shrinking = [replace(row, classes=110 - row.classes, images=5 * (110 - row.classes)) for row in growing]
+    (falling,) = comparisons.series_of(comparisons.conditions_of(shrinking))
+    assert report.grows([falling, short]) == (
+        "It is not shown to grow with: number of classes (noise). Not tested (too few) with: number of classes (noise)."
+    )
+    sizes = paired(DIFFERENCES, size=64, padding=8) + paired(DIFFERENCES)
+    (series,) = comparisons.series_of(comparisons.conditions_of(sizes))
+    assert (series.what, [position for position, _ in series.table()]) == ("image size", [32, 64])
+
+
+def test_a_larger_backbone():
+    nets = {"small": (1000, 60.0), "middle": (2000, 60.4), "large": (3000, 62.0)}
+    rows = [
+        replace(row, params=size, macs=size * (1 + (row.scheme == "convmix") / 1000))
+        for arch, (size, base) in reversed(nets.items())
+        for row in paired([0.6, 0.5], base, arch=arch)
+    ]
+    conditions = comparisons.conditions_of(rows)
+    assert report.smaller(conditions).endswith("more accurate than the larger alone in 1 of 2 pairs, by the means.")
+    lines = report.price(conditions).splitlines()[2:]
+    assert [line.split("|")[2].strip() for line in lines] == ["last stage", "ConvMix"] * 3
+    assert ", small, " in lines[0]
+    assert ", large, " in lines[-1]
+    assert report.smaller(conditions[:1]) == report.price(conditions[:1]) == ""
+
+
+def test_peers_and_calibration_in_words():
+    peers = [
+        run(peer, seed, 60.0 + seed / 10 + add) for seed in range(3, 7) for peer, add in (("dag", 9), ("concat", -9))
+    ]
+    rows = [replace(row, ece=4.0 if row.scheme == "convmix" else 5.0 + row.seed / 10) for row in paired(DIFFERENCES)]
+    conditions = comparisons.conditions_of(rows + peers)
+    assert report.against_peers(conditions).endswith(
+        "by the 95 % interval: `concat`: higher in 1 of 1; `dag`: lower in 1 of 1 settings."
+    )
+    assert "calibration error is lower in 1 of 1 settings" in report.calibration(conditions)
+    few = comparisons.conditions_of(paired([0.5, 0.6]))
+    assert report.against_peers(few) == report.calibration(few) == ""
 
 
 def test_whether_it_regularises_in_words():
@@ -260,13 +313,13 @@ def test_whether_it_regularises_in_words():
 
     fits_more = losses(0.1, (0.5, 1.0), (0.8, 1.1))
     regularises = losses(0.2, (1.0, 1.1), (0.8, 1.1)) + losses(0.3, (0.9, 1.0), (0.8, 1.1))
-    text = report.fit(report.conditions_of(fits_more + regularises))
+    text = report.fit(comparisons.conditions_of(fits_more + regularises))
     assert "higher in 2 and lower in 1 of 3 settings, and the gap is narrower in 2 and wider in 1." in text
     assert text.endswith("wider in 1.")
-    text = report.fit(report.conditions_of(fits_more))
+    text = report.fit(comparisons.conditions_of(fits_more))
     assert text.endswith("wider in 1. These runs do not show the regulariser that the paper reports.")
-    assert text in report.summary(report.conditions_of(fits_more))
-    assert report.fit(report.conditions_of(paired([0.5, 0.6]))) == report.fit([]) == ""
+    assert text in report.summary(comparisons.conditions_of(fits_more))
+    assert report.fit(comparisons.conditions_of(paired([0.5, 0.6]))) == report.fit([]) == ""
 
 
 def test_an_empty_report_says_so():
@@ -277,7 +330,7 @@ def test_an_empty_report_says_so():
 def test_a_run_that_diverged_is_shown():
     rows = [run("last", 3, 60.0), run("grid", 3, 1.0, diverged=2, loss=math.nan, train_loss=math.nan)]
     assert "| grid | 1 | 1.00 | 90.00 | nan | nan | 5.00 | -59.00 | 1.1000 | 1.0002 | 1 |" in report.document(
-        report.conditions_of(rows), [], []
+        comparisons.conditions_of(rows), [], []
     )
 
 
@@ -308,7 +361,7 @@ def test_check_fails_where_a_number_differs(files, capsys):
     assert report.main([*options, "--check"]) == 0
     readme, document = folder / "README.md", folder / "docs" / "evidence.md"
     assert "+0.51" in readme.read_text()
-    assert readme.read_text().startswith("before\n<!-- evidence:begin -->\nAgainst the last stage")
+    assert readme.read_text().startswith("before\n<!-- evidence:begin -->\n|  | seeds | last stage, %")
     capsys.readouterr()
     for path in (readme, document):
         kept = path.read_text()
@@ -364,6 +417,15 @@ def test_robustness_is_averaged_over_severities_and_paired_by_seed():
         "| noise, 100 classes, 32 px, resnet18_cifar, 3 epochs: noise | last | 3 | 38.00 ± 0.58 |  |"
     )
     assert lines[1].endswith("| 38.50 ± 0.58 | +0.50 (+0.50 to +0.50) |")
+    clean = [
+        replace(row, corruption="none", severity=0, top1=row.top1 + (0.7 if row.scheme == "convmix" else 0))
+        for row in rows
+    ]
+    assert report.robust(clean + rows) == (
+        "By the 95 % interval, ConvMix's accuracy on corrupted images is higher in 1 of 1 kinds of corruption, and the"
+        " accuracy that it loses against clean images, in points, is higher in 1 of 1."
+    )
+    assert report.robust(rows[:2]) == ""
 
 
 # Saliency -------------------------------------------------------------------------------------------------------------
@@ -461,7 +523,7 @@ def test_the_view_in_words():
     assert "at 4 layers" in text
     assert "the object's box at 2, less at 1; the map is wider at 2, narrower at 1." in text
     assert text.endswith("only where the energy in the box rises too: at 1.")
-    assert text in report.summary([], rows)
+    assert text in report.summary([], [], rows)
     assert report.view([row for row in rows if row.scheme == "last"]) == ""
     narrower = report.view([row for row in rows if row.layer != "a"])
     assert narrower.endswith("at 0. These runs do not show the wider view that the paper reports.")

@@ -1,0 +1,326 @@
+"""Runs of the evidence harness, compared: paired differences, the declared tests, the declared series.
+
+Declared before any run: in each setting ConvMix is tested against the last stage alone and against the control, on the
+test images, by an exact sign-flip test of the paired differences, the two p values corrected by Holm's method; a
+difference is claimed where the corrected p is below 0.05 and the bootstrap interval excludes zero. Whether the
+relative reduction of the error grows along a series of settings is tested by Page's trend test with the seeds as
+blocks; images are varied at equal steps. A variant replaces the default mixer where its mean difference to it over the
+selection settings is the highest of those that meet the cost bars and more than two standard errors above zero.
+Everything else is description.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from math import sqrt
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+from scipy import stats
+
+from benchmarks.accuracy import Run, Settings
+
+LAST, CONTROL, CONVMIX = "last", "control", "convmix"
+NAMES = {LAST: "last stage", CONTROL: "control", CONVMIX: "ConvMix"}
+LEVEL = 0.05
+TESTS = (LAST, CONTROL)
+"""What ConvMix is tested against; declared, so that Holm's method counts both even where one was not run."""
+RESAMPLES = 9999
+STARTS = {"{arch}-{scheme}-{seed}.safetensors": "the nets", "{arch}-last-{seed}.safetensors": "the plain nets"}
+"""What runs start from, by the name of the file."""
+
+
+# Statistics -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Paired differences of two schemes over seeds.
+
+    Args:
+        values: Other minus base, one a seed.
+    """
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        """Their mean."""
+        return mean(self.values)
+
+    def interval(self) -> tuple[float, float] | None:
+        """Bootstrap interval of the mean, 95 %, BCa (Efron 1987); None below three seeds."""
+        if len(self.values) < 3:
+            return None
+        if len(set(self.values)) == 1:  # resampling has nothing to say, and BCa divides by zero
+            return self.values[0], self.values[0]
+        data = (np.array(self.values),)
+        found = stats.bootstrap(data, np.mean, n_resamples=RESAMPLES, confidence_level=1 - LEVEL, method="BCa", rng=0)
+        return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+    def sign(self) -> int | None:
+        """1 or -1 where the interval lies above or below zero, 0 where it holds it; None below three seeds."""
+        interval = self.interval()
+        return (interval[0] > 0) - (interval[1] < 0) if interval else None
+
+    def p_value(self) -> float:
+        """Two-sided p of the sign-flip test of the mean, exact: all ``2 ** n`` signs are counted."""
+        data = (np.array(self.values),)
+        found = stats.permutation_test(data, np.mean, permutation_type="samples", n_resamples=np.inf)
+        return float(found.pvalue)
+
+
+def holm(p_values: Mapping[str, float], tests: int) -> dict[str, float]:
+    """Holm's correction (1979).
+
+    Args:
+        p_values: Of the tests that could be made.
+        tests: How many were declared.
+    """
+    corrected, highest = {}, 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        highest = max(highest, min(1.0, (tests - rank) * p_values[name]))
+        corrected[name] = highest
+    return corrected
+
+
+def can_claim(seeds: int) -> bool:
+    """Whether the smallest p that the sign-flip test can give, corrected, lies below the level."""
+    return len(TESTS) * 2 / 2**seeds < LEVEL
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean; None for one value."""
+    return stdev(values) / sqrt(len(values)) if len(values) > 1 else None
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+FREE = dict(scheme="", seed=0, init_sha256="", data="")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """All runs that differ in scheme and seed only.
+
+    Args:
+        settings: What they share.
+        runs: Scheme -> seed -> run.
+    """
+
+    settings: Settings
+    runs: dict[str, dict[int, Run]]
+
+    def seeds(self, *schemes: str) -> list[int]:
+        """Those that every one of some schemes was run with."""
+        return sorted(set.intersection(*(set(self.runs.get(scheme, ())) for scheme in schemes)))
+
+    def values(self, scheme: str, name: str = "top1") -> list[float]:
+        """One a seed, of a column."""
+        return [getattr(run, name) for _, run in sorted(self.runs[scheme].items())]
+
+    def difference(self, base: str, other: str, name: str = "top1") -> Difference | None:
+        """Of a column, over the seeds that both have; None where there are none."""
+        pairs = [(self.runs[base][seed], self.runs[other][seed]) for seed in self.seeds(base, other)]
+        return Difference(tuple(getattr(b, name) - getattr(a, name) for a, b in pairs)) if pairs else None
+
+    def reductions(self, base: str, other: str) -> dict[int, float]:
+        """By how many percent the error falls, for each seed that both have."""
+        return {
+            seed: 100 * (1 - (100 - self.runs[other][seed].top1) / (100 - self.runs[base][seed].top1))
+            for seed in self.seeds(base, other)
+            if self.runs[base][seed].top1 < 100
+        }
+
+    @property
+    def params(self) -> int:
+        """Of the smallest scheme that was run: the backbone's, where the last stage was."""
+        return min(run.params for by_seed in self.runs.values() for run in by_seed.values())
+
+
+def conditions_of(runs: Iterable[Run]) -> list[Condition]:
+    """Group runs, in the order in which the first of each group was made.
+
+    Raises:
+        ValueError: Two groups differ in their data alone.
+    """
+    groups: dict[Settings, dict[str, dict[int, Run]]] = {}
+    digests: dict[Settings, str] = {}
+    for run in runs:
+        shared = shared_settings(run)
+        if digests.setdefault(shared, run.data) != run.data:
+            raise ValueError(
+                f"Runs on {run.dataset} saw different images ({digests[shared]}, {run.data}): name them apart."
+            )
+        groups.setdefault(shared, {}).setdefault(run.scheme, {})[run.seed] = run
+    return [Condition(settings, by_scheme) for settings, by_scheme in groups.items()]
+
+
+def shared_settings(row: Settings) -> Settings:
+    """What rows of all schemes and seeds share."""
+    return Settings(**{name: getattr(row, name) for name in Settings.__dataclass_fields__} | FREE)
+
+
+def title(settings: Settings) -> str:
+    """What a setting is about: data set, part of it, size, backbone, start."""
+    words = [f"{settings.dataset}, {settings.classes} classes"]
+    if settings.fraction < 1:
+        words.append(f"{settings.images} images")
+    words.append(f"{settings.size} px, {settings.arch}, {settings.epochs} epochs")
+    if settings.init:
+        start = Path(settings.init)
+        nets = f"{STARTS[start.name]} of {start.parent}" if start.name in STARTS else str(start)
+        words.append(f"{'linear probe' if settings.freeze else 'fine-tuned'} from {nets}")
+    return ", ".join(words)
+
+
+def is_proof(condition: Condition) -> bool:
+    """Whether it was scored on the test images."""
+    return condition.settings.split == "test"
+
+
+def all_runs(conditions: Iterable[Condition]) -> list[Run]:
+    """Every run of some conditions."""
+    return [run for condition in conditions for by_seed in condition.runs.values() for run in by_seed.values()]
+
+
+def alike(conditions: Iterable[Condition], shared: Callable[[Settings], Settings]) -> Iterator[list[Condition]]:
+    """Groups of what shares something."""
+
+    def key(condition: Condition) -> str:
+        return str(shared(condition.settings))
+
+    for _, group in groupby(sorted(conditions, key=key), key=key):
+        yield list(group)
+
+
+def backbones(conditions: Iterable[Condition]) -> list[list[Condition]]:
+    """Settings that differ in the backbone only, and have both schemes."""
+    usable = (condition for condition in conditions if condition.seeds(LAST, CONVMIX))
+    return [group for group in alike(usable, partial(replace, arch="")) if len(group) > 1]
+
+
+# What was declared ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a declared test says.
+
+    Args:
+        seeds: Pairs it rests on.
+        p: After Holm's correction; None where the seeds are too few for any claim.
+        claim: 1 where ConvMix is claimed to be better, -1 worse, 0 neither.
+    """
+
+    seeds: int
+    p: float | None
+    claim: int
+
+    def __str__(self) -> str:
+        if self.p is None:
+            return f"n = {self.seeds}: no claim"
+        return f"**p = {self.p:.3f}**" if self.claim else f"p = {self.p:.3f}: no claim"
+
+
+def verdicts(condition: Condition) -> dict[str, Verdict]:
+    """One for each declared test of which both schemes were run."""
+    found = {base: difference for base in TESTS if (difference := condition.difference(base, CONVMIX))}
+    p_values = {base: difference.p_value() for base, difference in found.items() if can_claim(len(difference.values))}
+    corrected = holm(p_values, len(TESTS))
+    result = {}
+    for base, difference in found.items():
+        claim = (difference.sign() or 0) if corrected.get(base, 1) < LEVEL else 0
+        result[base] = Verdict(len(difference.values), corrected.get(base), claim)
+    return result
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A scheme beside the default, on the hold-out.
+
+    Args:
+        scheme: Its name.
+        differences: To ConvMix, one a setting that holds both.
+    """
+
+    scheme: str
+    differences: tuple[Difference, ...]
+
+    @property
+    def mean(self) -> float:
+        """Over the settings."""
+        return mean(d.mean for d in self.differences)
+
+    @property
+    def error(self) -> float | None:
+        """Its standard error, that of the seeds within the settings; None where a setting has one seed only."""
+        errors = [error for d in self.differences if (error := standard_error(d.values)) is not None]
+        if len(errors) < len(self.differences):
+            return None
+        return sqrt(sum(error**2 for error in errors)) / len(errors)
+
+
+def candidates(conditions: Sequence[Condition]) -> list[Candidate]:
+    """Those of the selection settings, best first."""
+    found: dict[str, list[Difference]] = {}
+    for condition in conditions:
+        for scheme in condition.runs:
+            if scheme != CONVMIX and (difference := condition.difference(CONVMIX, scheme)):
+                found.setdefault(scheme, []).append(difference)
+    return sorted((Candidate(name, tuple(d)) for name, d in found.items()), key=lambda one: -one.mean)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Settings that differ in one thing that has an order.
+
+    Args:
+        what: The thing.
+        conditions: In its order.
+        position: Where a condition lies.
+    """
+
+    what: str
+    conditions: list[Condition]
+    position: Callable[[Condition], float]
+
+    def table(self) -> list[tuple[float, dict[int, float]]]:
+        """Position, and relative reduction of the error for each seed, a setting."""
+        return [(self.position(condition), condition.reductions(LAST, CONVMIX)) for condition in self.conditions]
+
+    def p_value(self) -> float | None:
+        """Of Page's test that the reduction grows (one-sided); None below three settings or two common seeds."""
+        columns = [reductions for _, reductions in self.table()]
+        seeds = sorted(set.intersection(*map(set, columns)))
+        if len(columns) < 3 or len(seeds) < 2:
+            return None
+        blocks = [[column[seed] for column in columns] for seed in seeds]
+        return float(stats.page_trend_test(blocks).pvalue)
+
+
+def series_of(conditions: Sequence[Condition]) -> list[Series]:
+    """All else equal: class count, training images at equal steps, epochs, image size, parameters of a ResNet."""
+    axes: dict[str, tuple[Callable[[Settings], Settings], Callable[[Condition], float]]] = {
+        "number of classes": (partial(replace, classes=0, images=0), lambda c: c.settings.classes),
+        "training images": (at_equal_steps, lambda c: c.settings.images),
+        "epochs": (partial(replace, epochs=0), lambda c: c.settings.epochs),
+        "image size": (partial(replace, size=0, padding=0), lambda c: c.settings.size),
+        "parameters of a ResNet": (partial(replace, arch=""), lambda c: c.params),
+    }
+    usable = [condition for condition in conditions if condition.reductions(LAST, CONVMIX)]
+    found = []
+    for what, (shared, position) in axes.items():
+        chosen = [c for c in usable if shared(c.settings).arch or c.settings.arch.startswith("resnet")]
+        for group in alike(chosen, shared):
+            ordered = sorted(group, key=position)
+            if len(ordered) > 1:
+                found.append(Series(what, ordered, position))
+    return found
+
+
+def at_equal_steps(settings: Settings) -> Settings:
+    """Settings whose number of images is free, and that saw as many in all."""
+    return replace(settings, fraction=0.0, images=0, epochs=settings.images * settings.epochs)
