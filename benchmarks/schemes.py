@@ -459,6 +459,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     # the gain: one by default
     "gain0": dict(gain=0.0),
     "gain0.1": dict(gain=0.1),
+    "gain3": dict(gain=3.0),
     # regularisation: none by default
     "drop_tap": dict(drop_tap=0.2),
     "dropout": dict(dropout=0.5),
