@@ -15,7 +15,7 @@ from functools import partial
 from itertools import groupby
 from math import sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import numpy as np
 from scipy import stats
@@ -92,8 +92,8 @@ def can_claim(seeds: int) -> bool:
 
 
 def standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean; None for one value."""
-    return stdev(values) / sqrt(len(values)) if len(values) > 1 else None
+    """Of the mean; None for one value, nan where one is not finite."""
+    return float(np.std(values, ddof=1)) / sqrt(len(values)) if len(values) > 1 else None
 
 
 # Settings -------------------------------------------------------------------------------------------------------------

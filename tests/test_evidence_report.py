@@ -332,6 +332,10 @@ def test_a_run_that_diverged_is_shown():
     assert "| grid | 1 | 1.00 | 90.00 | nan | nan | 5.00 | -59.00 | 1.1000 | 1.0002 | 1 |" in report.document(
         comparisons.conditions_of(rows), [], []
     )
+    again = run("grid", 4, 1.0, loss=1.0)
+    assert "| grid | 2 | 1.00 ± 0.00 | 90.00 ± 0.00 | nan ± nan | nan ± nan | 5.00" in report.document(
+        comparisons.conditions_of([*rows, again]), [], []
+    )
 
 
 # Command --------------------------------------------------------------------------------------------------------------
