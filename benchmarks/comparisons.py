@@ -28,6 +28,8 @@ LEVEL = 0.05
 TESTS = (LAST, CONTROL)
 """What ConvMix is tested against; declared, so that Holm's method counts both even where one was not run."""
 RESAMPLES = 9999
+RATE = 0.1
+"""The recipe's learning rate; settings with another one say so."""
 STARTS = {"{arch}-{scheme}-{seed}.safetensors": "the nets", "{arch}-last-{seed}.safetensors": "the plain nets"}
 """What runs start from, by the name of the file."""
 
@@ -169,6 +171,8 @@ def title(settings: Settings) -> str:
     if settings.fraction < 1:
         words.append(f"{settings.images} images")
     words.append(f"{settings.size} px, {settings.arch}, {settings.epochs} epochs")
+    if settings.lr and settings.lr != RATE:
+        words.append(f"learning rate {settings.lr:g}")
     if settings.init:
         start = Path(settings.init)
         nets = f"{STARTS[start.name]} of {start.parent}" if start.name in STARTS else str(start)
@@ -263,14 +267,52 @@ class Candidate:
         return sqrt(sum(error**2 for error in errors)) / len(errors)
 
 
-def candidates(conditions: Sequence[Condition]) -> list[Candidate]:
-    """Those of the selection settings, best first."""
+def candidates(conditions: Iterable[Condition]) -> list[Candidate]:
+    """Those of the selection settings at the recipe's learning rate, best first."""
     found: dict[str, list[Difference]] = {}
-    for condition in conditions:
+    for condition in (condition for condition in conditions if condition.settings.lr == RATE):
         for scheme in condition.runs:
             if scheme != CONVMIX and (difference := condition.difference(CONVMIX, scheme)):
                 found.setdefault(scheme, []).append(difference)
     return sorted((Candidate(name, tuple(d)) for name, d in found.items()), key=lambda one: -one.mean)
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Settings that differ in the learning rate only, on the hold-out.
+
+    Args:
+        conditions: By rising rate.
+    """
+
+    conditions: list[Condition]
+
+    @property
+    def settings(self) -> Settings:
+        """What they share."""
+        return replace(self.conditions[0].settings, lr=0.0)
+
+    def schemes(self) -> list[str]:
+        """Those that were run at more than one rate."""
+        names = [scheme for condition in self.conditions for scheme in condition.runs]
+        return [scheme for scheme in dict.fromkeys(names) if names.count(scheme) > 1]
+
+    def best(self, scheme: str) -> Condition:
+        """The condition whose rate suits a scheme best, by the mean."""
+        return max((c for c in self.conditions if scheme in c.runs), key=lambda c: mean(c.values(scheme)))
+
+    def difference(self, base: str, other: str) -> Difference | None:
+        """Of accuracies, each scheme at the rate that suits it best, over the seeds that both have there."""
+        ours, theirs = self.best(other).runs[other], self.best(base).runs[base]
+        seeds = sorted(ours.keys() & theirs.keys())
+        return Difference(tuple(ours[seed].top1 - theirs[seed].top1 for seed in seeds)) if seeds else None
+
+
+def tunings_of(conditions: Iterable[Condition]) -> list[Tuning]:
+    """Those in which both the last stage and ConvMix were run at several learning rates."""
+    groups = alike((c for c in conditions if not is_proof(c)), partial(replace, lr=0.0))
+    found = [Tuning(sorted(group, key=lambda c: c.settings.lr)) for group in groups]
+    return [tuning for tuning in found if {LAST, CONVMIX} <= set(tuning.schemes())]
 
 
 @dataclass(frozen=True)

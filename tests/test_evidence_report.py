@@ -213,11 +213,12 @@ def test_a_title_says_what_a_setting_started_from():
 
 def test_the_best_variant_of_the_selection():
     rows = [
-        run(scheme, seed, 50 + gain + seed * slope, split="holdout", lr=lr)
+        run(scheme, seed, 50 + gain + seed * slope, split="holdout", epochs=epochs)
         for seed in range(3)
         for scheme, gain, slope in (("convmix", 0, 0), ("grid", 1.5, 0.3), ("gem", -0.5, 0))
-        for lr in (0.1, 0.2)[: 1 + (scheme != "gem")]
+        for epochs in (3, 6)[: 1 + (scheme != "gem")]
     ]
+    rows += [run(scheme, 0, 50, split="holdout", lr=0.2) for scheme in ("convmix", "gelu")]  # not the recipe's rate
     found = comparisons.candidates(comparisons.conditions_of(rows))
     text = report.choice(found)
     assert report.chosen(found) == (
@@ -232,6 +233,37 @@ def test_the_best_variant_of_the_selection():
         found
     )
     assert report.choice([]) == report.chosen([]) == ""
+
+
+def test_each_scheme_at_the_learning_rate_that_suits_it():
+    scores = {0.05: (50, 54), 0.1: (51, 56), 0.2: (55, 55), 0.4: (57, 20)}
+    rows = [
+        run(scheme, seed, score + seed / 10 * (1 + (scheme == "convmix")), split="holdout", lr=lr)
+        for lr, pair in reversed(scores.items())
+        for scheme, score in zip(("last", "convmix"), pair, strict=True)
+        for seed in range(3)
+    ]
+    rows += [run("grid", seed, 60, split="holdout", lr=0.1) for seed in range(3)]
+    rows += [replace(row, split="test") for row in rows]
+    conditions = comparisons.conditions_of(rows)
+    assert sorted(comparisons.title(c.settings).endswith("learning rate 0.2") for c in conditions)[-3:] == [
+        False,
+        True,
+        True,
+    ]
+    (tuning,) = comparisons.tunings_of(conditions)
+    assert tuning.schemes() == ["last", "convmix"]
+    assert tuning.difference("last", "convmix").values == pytest.approx([-1, -0.9, -0.8])
+    text = report.tuned([tuning])
+    assert "the last stage's is -0.90 (-1.00 to -0.80) (noise, 100 classes, 32 px, resnet18_cifar, 3 epochs)." in text
+    lines = report.rates([tuning]).splitlines()[2:]
+    assert lines[0].endswith(
+        "| last | 0.05: 50.10 ± 0.06 (n = 3); 0.1: 51.10 ± 0.06 (n = 3); 0.2: 55.10 ± 0.06 (n = 3);"
+        " 0.4: 57.10 ± 0.06 (n = 3) |"
+    )
+    assert len(lines) == 2
+    assert report.tuned([]) == report.rates([]) == ""
+    assert comparisons.tunings_of([c for c in conditions if c.settings.lr == 0.1]) == []
 
 
 def test_trends():
