@@ -137,7 +137,7 @@ def choice(found: Sequence[Candidate]) -> str:
     for one in found:
         text = f"{one.mean:+.2f}" + ("" if one.error is None else f" ± {one.error:.2f}")
         lines.append([one.scheme, text, str(len(one.differences)), str(sum(len(d.values) for d in one.differences))])
-    return markdown(["", "top-1 to ConvMix, points", "settings", "pairs of runs"], lines) if lines else ""
+    return markdown(["", "top-1 to ConvMix, points", "settings", "pairs of runs"], lines)
 
 
 def answers(conditions: Sequence[Condition]) -> str:
@@ -179,7 +179,7 @@ def claims(conditions: Sequence[Condition]) -> str:
             ]
         reductions = list(condition.reductions(LAST, CONVMIX).values())
         lines.append([*cells, f"{mean(reductions):.1f}" if reductions else ""])
-    return markdown(header, lines) if lines else ""
+    return markdown(header, lines)
 
 
 def tuned(tunings: Sequence[Tuning]) -> str:
@@ -201,7 +201,7 @@ def rates(tunings: Sequence[Tuning]) -> str:
             those = [condition for condition in tuning.conditions if scheme in condition.runs]
             cells = [f"{c.settings.lr:g}: {show_mean(c.values(scheme))} (n = {len(c.runs[scheme])})" for c in those]
             lines.append([title(tuning.settings), scheme, "; ".join(cells)])
-    return markdown(["", "scheme", "learning rate: top-1, %"], lines) if lines else ""
+    return markdown(["", "scheme", "learning rate: top-1, %"], lines)
 
 
 def against_peers(conditions: Sequence[Condition]) -> str:
@@ -238,7 +238,7 @@ def trends(series: Sequence[Series]) -> str:
         seeds = min(len(reductions) for _, reductions in one.table())
         verdict = "too few settings or seeds" if p is None else f"p = {p:.3f}"
         lines.append([f"{one.what}, {settings.dataset}", "; ".join(cells), str(seeds), verdict])
-    return markdown(["", "error reduction, %", "seeds", "it grows (Page)"], lines) if lines else ""
+    return markdown(["", "error reduction, %", "seeds", "it grows (Page)"], lines)
 
 
 def smaller(conditions: Sequence[Condition]) -> str:
@@ -268,7 +268,7 @@ def price(conditions: Sequence[Condition]) -> str:
                     cells += [f"{run.params / 1e6:.2f}", f"{run.macs / 1e6:.1f}", show_mean(condition.values(scheme))]
                     lines.append(cells)
     header = ["", "scheme", "seeds", "million parameters", "million MACs", "top-1, %"]
-    return markdown(header, lines) if lines else ""
+    return markdown(header, lines)
 
 
 def fit(conditions: Sequence[Condition]) -> str:
@@ -357,7 +357,7 @@ def robustness_table(rows: Sequence[Robustness]) -> str:
                 difference = show_difference(Difference(pairs)) if pairs and scheme != LAST else ""
                 cells = [scheme, str(len(by_seed)), show_mean(list(by_seed.values())), difference]
                 lines.append([f"{title(settings)}: {name}", *cells])
-    return markdown(["", "scheme", "seeds", "top-1, %", "to last stage, points"], lines) if lines else ""
+    return markdown(["", "scheme", "seeds", "top-1, %", "to last stage, points"], lines)
 
 
 def by_layer(rows: Sequence[Saliency]) -> dict[tuple[Settings, str], dict[str, dict[int, Saliency]]]:
@@ -409,7 +409,7 @@ def saliency_table(rows: Sequence[Saliency]) -> str:
                 cells.append(f"{own}, {show_difference(Difference(pairs))}" if pairs and scheme != LAST else own)
             lines.append([*cells, f"{mean(100 * row.chance for row in by_seed.values()):.1f}"])
     header = ["", "scheme", "seeds", "images", *(f"{text}, %" for text in MEASURES.values()), "energy by chance, %"]
-    return markdown(header, lines) if lines else ""
+    return markdown(header, lines)
 
 
 # Texts ----------------------------------------------------------------------------------------------------------------

@@ -268,9 +268,9 @@ def read_rows_of(kind: type[AnyRow], path: Path) -> list[AnyRow]:
 
 
 def markdown(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, the first column to the left and the others to the right."""
+    """A Markdown table, the first column to the left and the others to the right; '' without lines."""
     table = [header, ["---"] + ["---:"] * (len(header) - 1), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+    return "\n".join(f"| {' | '.join(line)} |" for line in table) if len(table) > 2 else ""
 
 
 def provenance(rows: Sequence[Row]) -> str:
