@@ -16,6 +16,7 @@ from itertools import groupby
 from math import sqrt
 from pathlib import Path
 from statistics import mean
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
@@ -28,10 +29,13 @@ LEVEL = 0.05
 TESTS = (LAST, CONTROL)
 """What ConvMix is tested against; declared, so that Holm's method counts both even where one was not run."""
 RESAMPLES = 9999
-RATE = 0.1
-"""The recipe's learning rate; settings with another one say so."""
+RATE, BEST = 0.1, 0.0
+"""The recipe's learning rate; settings with another one say so. And what stands for the best one of each scheme."""
 STARTS = {"{arch}-{scheme}-{seed}.safetensors": "the nets", "{arch}-last-{seed}.safetensors": "the plain nets"}
 """What runs start from, by the name of the file."""
+
+
+Row = TypeVar("Row", bound=Settings)
 
 
 # Statistics -----------------------------------------------------------------------------------------------------------
@@ -171,8 +175,8 @@ def title(settings: Settings) -> str:
     if settings.fraction < 1:
         words.append(f"{settings.images} images")
     words.append(f"{settings.size} px, {settings.arch}, {settings.epochs} epochs")
-    if settings.lr and settings.lr != RATE:
-        words.append(f"learning rate {settings.lr:g}")
+    if settings.lr != RATE:
+        words.append(f"learning rate {settings.lr:g}" if settings.lr != BEST else "each at its best learning rate")
     if settings.init:
         start = Path(settings.init)
         nets = f"{STARTS[start.name]} of {start.parent}" if start.name in STARTS else str(start)
@@ -267,16 +271,6 @@ class Candidate:
         return sqrt(sum(error**2 for error in errors)) / len(errors)
 
 
-def candidates(conditions: Iterable[Condition]) -> list[Candidate]:
-    """Those of the selection settings at the recipe's learning rate, best first."""
-    found: dict[str, list[Difference]] = {}
-    for condition in (condition for condition in conditions if condition.settings.lr == RATE):
-        for scheme in condition.runs:
-            if scheme != CONVMIX and (difference := condition.difference(CONVMIX, scheme)):
-                found.setdefault(scheme, []).append(difference)
-    return sorted((Candidate(name, tuple(d)) for name, d in found.items()), key=lambda one: -one.mean)
-
-
 @dataclass(frozen=True)
 class Tuning:
     """Settings that differ in the learning rate only, on the hold-out.
@@ -290,16 +284,31 @@ class Tuning:
     @property
     def settings(self) -> Settings:
         """What they share."""
-        return replace(self.conditions[0].settings, lr=0.0)
+        return replace(self.conditions[0].settings, lr=BEST)
 
     def schemes(self) -> list[str]:
         """Those that were run at more than one rate."""
         names = [scheme for condition in self.conditions for scheme in condition.runs]
         return [scheme for scheme in dict.fromkeys(names) if names.count(scheme) > 1]
 
+    def tried(self, scheme: str) -> list[Condition]:
+        """Those that hold a scheme."""
+        return [condition for condition in self.conditions if scheme in condition.runs]
+
     def best(self, scheme: str) -> Condition:
         """The condition whose rate suits a scheme best, by the mean."""
-        return max((c for c in self.conditions if scheme in c.runs), key=lambda c: mean(c.values(scheme)))
+        return max(self.tried(scheme), key=lambda c: mean(c.values(scheme)))
+
+    def settled(self) -> list[str]:
+        """Schemes that were tried at a lower and at a higher rate than their best one."""
+        return [scheme for scheme in self.schemes() if self.best(scheme) in self.tried(scheme)[1:-1]]
+
+    def chosen_for(self, settings: Settings) -> bool:
+        """Whether its rates are for a setting on the test images: of as many images or as large a part, else equal."""
+        own = self.settings
+        free = partial(replace, split="", lr=BEST, images=0, fraction=0.0)
+        as_large = settings.images == own.images or settings.fraction == own.fraction
+        return settings.split == "test" and as_large and free(settings) == free(own)
 
     def difference(self, base: str, other: str) -> Difference | None:
         """Of accuracies, each scheme at the rate that suits it best, over the seeds that both have there."""
@@ -308,11 +317,67 @@ class Tuning:
         return Difference(tuple(ours[seed].top1 - theirs[seed].top1 for seed in seeds)) if seeds else None
 
 
+def at_best_rates(conditions: Sequence[Condition]) -> list[Condition]:
+    """The runs on the test images that have, for each scheme, the learning rate that was best for it on the hold-out.
+
+    Returns:
+        One a tuning of which the last stage and ConvMix were run so, its rate ``BEST``.
+    """
+    found = []
+    for tuning in tunings_of(conditions):
+        tests = {c.settings.lr: c for c in conditions if tuning.chosen_for(c.settings)}
+        rates = {scheme: tuning.best(scheme).settings.lr for scheme in tuning.settled()}
+        runs = {s: tests[lr].runs[s] for s, lr in rates.items() if lr in tests and s in tests[lr].runs}
+        if {LAST, CONVMIX} <= runs.keys():
+            found.append(Condition(replace(tests[rates[CONVMIX]].settings, lr=BEST), runs))
+    return found
+
+
+def rows_at_best_rates(rows: Iterable[Row], best: Iterable[Condition]) -> list[Row]:
+    """Rows of nets that were trained at the rate that was best for their scheme.
+
+    Args:
+        rows: Of anything that was measured on saved nets.
+        best: What ``at_best_rates`` gave.
+
+    Returns:
+        These rows, their rate ``BEST``.
+    """
+    rates = {(c.settings, scheme): runs[min(runs)].lr for c in best for scheme, runs in c.runs.items()}
+    found = ((row, replace(row, lr=BEST)) for row in rows)
+    return [same for row, same in found if rates.get((shared_settings(same), row.scheme)) == row.lr]
+
+
+def proofs(conditions: Sequence[Condition]) -> list[Condition]:
+    """What was scored on the test images: each scheme at its best rate, then all at one."""
+    return [*at_best_rates(conditions), *filter(is_proof, conditions)]
+
+
 def tunings_of(conditions: Iterable[Condition]) -> list[Tuning]:
     """Those in which both the last stage and ConvMix were run at several learning rates."""
-    groups = alike((c for c in conditions if not is_proof(c)), partial(replace, lr=0.0))
+    groups = alike((c for c in conditions if not is_proof(c)), partial(replace, lr=BEST))
     found = [Tuning(sorted(group, key=lambda c: c.settings.lr)) for group in groups]
     return [tuning for tuning in found if {LAST, CONVMIX} <= set(tuning.schemes())]
+
+
+def candidates(conditions: Iterable[Condition]) -> list[Candidate]:
+    """Those of the hold-out at the recipe's learning rate, best first."""
+    usable = [c for c in conditions if not is_proof(c) and c.settings.lr == RATE]
+    return ranked((scheme, c.difference(CONVMIX, scheme)) for c in usable for scheme in c.runs)
+
+
+def tuned_candidates(tunings: Iterable[Tuning]) -> list[Candidate]:
+    """Those whose best rate lies within those tried, each at its own, best first."""
+    return ranked((s, t.difference(CONVMIX, s)) for t in tunings for s in t.settled() if CONVMIX in t.settled())
+
+
+def ranked(differences: Iterable[tuple[str, Difference | None]]) -> list[Candidate]:
+    """Candidates of differences to ConvMix, the highest mean first."""
+    found: dict[str, list[Difference]] = {}
+    for scheme, difference in differences:
+        if scheme != CONVMIX and difference:
+            found.setdefault(scheme, []).append(difference)
+    return sorted((Candidate(name, tuple(d)) for name, d in found.items()), key=lambda one: -one.mean)
 
 
 @dataclass(frozen=True)
@@ -328,6 +393,12 @@ class Series:
     what: str
     conditions: list[Condition]
     position: Callable[[Condition], float]
+
+    @property
+    def images(self) -> str:
+        """Of which data set, and at which learning rates."""
+        settings = self.conditions[-1].settings
+        return settings.dataset + (", each at its best learning rate" if settings.lr == BEST else "")
 
     def table(self) -> list[tuple[float, dict[int, float]]]:
         """Position, and relative reduction of the error for each seed, a setting."""

@@ -18,7 +18,7 @@ from benchmarks.comparisons import (
     Series,
     all_runs,
     backbones,
-    is_proof,
+    proofs,
     series_of,
     standard_error,
     title,
@@ -82,7 +82,7 @@ def fingerprint(conditions: Sequence[Condition]) -> str:
 
 def stale_figures(conditions: Sequence[Condition], folder: Path) -> list[str]:
     """Names of the figures that are missing in a folder, or were drawn from other runs."""
-    proof = list(filter(is_proof, conditions))
+    proof = proofs(conditions)
     current = fingerprint(proof)
     paths = [folder / name for name in list_drawings(proof)]
     return [path.name for path in paths if not path.is_file() or current not in path.read_text()]
@@ -100,7 +100,7 @@ def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
     mpl.rcParams["svg.hashsalt"] = "timm-convmix"  # the same file from the same numbers
     from matplotlib import pyplot as plt  # noqa: PLC0415
 
-    proof = list(filter(is_proof, conditions))
+    proof = proofs(conditions)
     drawings = list_drawings(proof)
     folder.mkdir(parents=True, exist_ok=True)
     for name, drawing in drawings.items():
@@ -136,8 +136,8 @@ def draw_series(axes: Any, series: Sequence[Series], what: str) -> None:
         points = [(position, list(reductions.values())) for position, reductions in one.table()]
         x, y = [position for position, _ in points], [mean(values) for _, values in points]
         errors = [standard_error(values) or 0 for _, values in points]
-        settings = one.conditions[-1].settings
-        axes.errorbar(x, y, errors, marker="o", capsize=3, label=f"{settings.dataset}, {settings.arch}")
+        arch = one.conditions[-1].settings.arch
+        axes.errorbar(x, y, errors, marker="o", capsize=3, label=fill(f"{arch}, {one.images}", 30))
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set(xlabel=what, ylabel="error reduction, % (± standard error)", xscale="log")
     ticks = sorted({position for one in series for position, _ in one.table()})

@@ -12,18 +12,20 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
 from benchmarks.accuracy import Run, Settings
 from benchmarks.comparisons import (
+    BEST,
     CONTROL,
     CONVMIX,
     LAST,
     LEVEL,
     NAMES,
+    RATE,
     TESTS,
     Candidate,
     Condition,
@@ -31,14 +33,18 @@ from benchmarks.comparisons import (
     Series,
     Tuning,
     all_runs,
+    at_best_rates,
     backbones,
     candidates,
     conditions_of,
     is_proof,
+    proofs,
+    rows_at_best_rates,
     series_of,
     shared_settings,
     standard_error,
     title,
+    tuned_candidates,
     tunings_of,
     verdicts,
 )
@@ -49,6 +55,7 @@ from benchmarks.schemes import PEERS
 from benchmarks.timing import README, RESULTS, ROOT, markdown, read_rows_of, show_tables
 
 DOCUMENT = ROOT / "docs" / "evidence.md"
+COMPARED = (LAST, CONTROL, CONVMIX)
 DIVISIONS = {"--seeds", "--schemes", "--save", "--results"}
 """Options by which several processes share a table; its lines say which seeds and schemes were run."""
 
@@ -109,6 +116,11 @@ def whole_command(argv: str) -> str:
     return shlex.join(kept)
 
 
+def named(settings: Settings) -> str:
+    """Its title where the learning rates stand beside it."""
+    return title(replace(settings, lr=RATE))
+
+
 # Answers: a sentence and a table a question ---------------------------------------------------------------------------
 
 
@@ -119,15 +131,20 @@ def count_words(found: Sequence[int | None]) -> str:
     return f"{', '.join(counts)} of {len(found)}"
 
 
-def chosen(found: Sequence[Candidate]) -> str:
-    """Whether a candidate does better than the default, in words."""
+def chosen(found: Sequence[Candidate], at: str) -> str:
+    """Whether a candidate does better than the default, in words.
+
+    Args:
+        found: The candidates.
+        at: At which learning rate.
+    """
     if not found:
         return ""
     better = [f"`{one.scheme}`" for one in found if one.error is not None and one.mean > 2 * one.error]
     worse = sum(one.error is not None and one.mean < -2 * one.error for one in found)
     return (
-        f"Of {len(found)} schemes beside the default, on the hold-out, {worse} are more than two standard errors worse;"
-        f" more than two standard errors better: {', '.join(better) or 'none'}."
+        f"Of {len(found)} schemes beside the default, on the hold-out, {at}, {worse} are more than two standard errors"
+        f" worse; more than two standard errors better: {', '.join(better) or 'none'}."
     )
 
 
@@ -141,37 +158,39 @@ def choice(found: Sequence[Candidate]) -> str:
 
 
 def answers(conditions: Sequence[Condition]) -> str:
-    """The two declared tests over all settings, in words."""
+    """The two declared tests over all settings, in words: each scheme at its best learning rate, then all at one."""
     sentences = []
-    for base in TESTS:
-        made = [verdict for condition in conditions if (verdict := verdicts(condition).get(base))]
-        found = [None if verdict.p is None else verdict.claim for verdict in made]
-        if found:
-            settings = f"setting{'s' * (len(found) > 1)}"
-            sentences.append(f"Against the {NAMES[base]}, ConvMix's accuracy is {count_words(found)} {settings}.")
-            if base == CONTROL and -1 in found:
-                sentences.append(
-                    "Where it is lower, a further layer on the deepest stage does more than mixing stages."
-                )
+    for at, own in ((OWN, True), (SAME, False)):
+        for base in TESTS:
+            tested = [condition for condition in conditions if (condition.settings.lr == BEST) is own]
+            made = [verdict for condition in tested if (verdict := verdicts(condition).get(base))]
+            found = [None if verdict.p is None else verdict.claim for verdict in made]
+            if found:
+                words = f"{count_words(found)} setting{'s' * (len(found) > 1)}"
+                sentences.append(f"Against the {NAMES[base]}, {at}, ConvMix's accuracy is {words}.")
+                if base == CONTROL and -1 in found:
+                    sentences.append(
+                        "Where it is lower, a further layer on the deepest stage does more than mixing stages."
+                    )
     return " ".join(sentences)
 
 
 def claims(conditions: Sequence[Condition]) -> str:
     """The two declared tests, a line a setting; means over the seeds that ConvMix was run with."""
-    header = ["", "seeds", *(f"{NAMES[scheme]}, %" for scheme in (LAST, CONTROL, CONVMIX))]
+    header = ["", "seeds", *(f"{NAMES[scheme]}, %" for scheme in COMPARED)]
     header += ["to last stage, points", "p", "to control, points", "p", "error reduction, %"]
     lines = []
     for condition in conditions:
         if CONVMIX not in condition.runs or not condition.seeds(CONVMIX, LAST):
             continue
         texts = verdicts(condition)
-        cells = [title(condition.settings), str(len(condition.seeds(CONVMIX, LAST)))]
-        cells += [
-            show_mean([condition.runs[scheme][seed].top1 for seed in seeds])
-            if (seeds := condition.seeds(scheme, CONVMIX))
-            else ""
-            for scheme in (LAST, CONTROL, CONVMIX)
-        ]
+        cells = [named(condition.settings), str(len(condition.seeds(CONVMIX, LAST)))]
+        for scheme in COMPARED:
+            if seeds := condition.seeds(scheme, CONVMIX):
+                runs = [condition.runs[scheme][seed] for seed in seeds]
+                cells.append(f"{show_mean([run.top1 for run in runs])} at lr {runs[0].lr:g}")
+            else:
+                cells.append("")
         for base in TESTS:
             cells += [
                 show_difference(condition.difference(base, CONVMIX) if base in texts else None),
@@ -184,7 +203,7 @@ def claims(conditions: Sequence[Condition]) -> str:
 
 def tuned(tunings: Sequence[Tuning]) -> str:
     """What is left of the difference where each scheme has the learning rate that suits it best, in words."""
-    found = [f"{show_difference(d)} ({title(t.settings)})" for t in tunings if (d := t.difference(LAST, CONVMIX))]
+    found = [f"{show_difference(d)} ({named(t.settings)})" for t in tunings if (d := t.difference(LAST, CONVMIX))]
     if not found:
         return ""
     return (
@@ -200,7 +219,7 @@ def rates(tunings: Sequence[Tuning]) -> str:
         for scheme in tuning.schemes():
             those = [condition for condition in tuning.conditions if scheme in condition.runs]
             cells = [f"{c.settings.lr:g}: {show_mean(c.values(scheme))} (n = {len(c.runs[scheme])})" for c in those]
-            lines.append([title(tuning.settings), scheme, "; ".join(cells)])
+            lines.append([named(tuning.settings), scheme, "; ".join(cells)])
     return markdown(["", "scheme", "learning rate: top-1, %"], lines)
 
 
@@ -223,7 +242,7 @@ def grows(series: Sequence[Series]) -> str:
     names: dict[bool | None, list[str]] = {True: [], False: [], None: []}
     for one in series:
         p = one.p_value()
-        names[None if p is None else p < LEVEL].append(f"{one.what} ({one.conditions[-1].settings.dataset})")
+        names[None if p is None else p < LEVEL].append(f"{one.what} ({one.images})")
     words = {True: "It grows with", False: "It is not shown to grow with", None: "Not tested (too few) with"}
     return " ".join(f"{words[found]}: {', '.join(those)}." for found, those in names.items() if those)
 
@@ -234,10 +253,9 @@ def trends(series: Sequence[Series]) -> str:
     for one in series:
         p = one.p_value()
         cells = [f"{position:g}: {mean(reductions.values()):.1f}" for position, reductions in one.table()]
-        settings = one.conditions[-1].settings
         seeds = min(len(reductions) for _, reductions in one.table())
         verdict = "too few settings or seeds" if p is None else f"p = {p:.3f}"
-        lines.append([f"{one.what}, {settings.dataset}", "; ".join(cells), str(seeds), verdict])
+        lines.append([f"{one.what}, {one.images}", "; ".join(cells), str(seeds), verdict])
     return markdown(["", "error reduction, %", "seeds", "it grows (Page)"], lines)
 
 
@@ -419,6 +437,7 @@ RULE = (
     " Declared before the runs: a variant replaces the default where it is the best of those that meet the cost bars"
     " and its mean difference is more than two standard errors above zero."
 )
+OWN, SAME = "each at the learning rate that is best for it on the hold-out", "all at one learning rate"
 NOTHING = "No run is recorded yet."
 TREND = (
     "Page's test asks whether the relative reduction of the error grows along a series. Training images are varied at"
@@ -458,20 +477,23 @@ def questions(
         boxes: Rows of ``benchmarks.saliency``.
         folder: Of the figures, from the text.
     """
-    proof = list(filter(is_proof, conditions))
+    proof = proofs(conditions)
+    best = at_best_rates(conditions)
+    corrupted = [*rows_at_best_rates(corrupted, best), *corrupted]
+    boxes = [*rows_at_best_rates(boxes, best), *boxes]
     scratch = [condition for condition in proof if not condition.settings.init]
     started = [condition for condition in proof if condition.settings.init]
-    found = candidates([condition for condition in conditions if not is_proof(condition)])
-    series = series_of(proof)
     tunings = tunings_of(conditions)
+    at_best, at_one = tuned_candidates(tunings), candidates(conditions)
+    series = series_of(proof)
     asked = [
-        Question("Which variant is the default?", chosen(found), (choice(found), RULE)),
-        Question(
-            "Does ConvMix beat the last stage and the control?",
-            answers(scratch),
-            (claims(scratch), EXPLANATION),
-        ),
+        Question("Does ConvMix beat the last stage and the control?", answers(scratch), (claims(scratch), EXPLANATION)),
         Question("Is it only the learning rate?", tuned(tunings), (rates(tunings),)),
+        Question(
+            "Which variant is the default?",
+            f"{chosen(at_best, OWN)} {chosen(at_one, SAME)}".strip(),
+            (f"Each at its own learning rate:\n\n{choice(at_best)}", f"At the recipe's:\n\n{choice(at_one)}", RULE),
+        ),
         Question("And the peers?", against_peers(scratch)),
         Question(
             "Does the gain grow with the problem, and with the model?",
@@ -502,11 +524,12 @@ def summary(
     conditions: Sequence[Condition], corrupted: Sequence[Robustness] = (), boxes: Sequence[Saliency] = ()
 ) -> str:
     """The README's part."""
-    proof = list(filter(is_proof, conditions))
+    proof = proofs(conditions)
     parts = []
     if table := claims(proof):
         parts += [table, figures(proof, "docs/figures", DIFFERENCES)]
-        parts.append(f"{EXPLANATION} {provenance(all_runs(proof))} All schemes: [docs/evidence.md](docs/evidence.md).")
+        made = provenance(all_runs(filter(is_proof, conditions)))
+        parts.append(f"{EXPLANATION} {made} All schemes: [docs/evidence.md](docs/evidence.md).")
     asked = questions(conditions, corrupted, boxes, "docs/figures")
     parts.append("\n".join(f"- **{question.text}** {question.sentence}" for question in asked))
     parts += [figures(proof, "docs/figures", start) for start in ("gain-", "cost-")]
@@ -516,12 +539,15 @@ def summary(
 def document(conditions: Sequence[Condition], corrupted: Sequence[Robustness], boxes: Sequence[Saliency]) -> str:
     """The whole of docs/evidence.md."""
     parts = ["# Evidence", "Written by `python -m benchmarks.report --write` from the CSVs in benchmarks/results."]
-    proof = list(filter(is_proof, conditions))
-    parts.append(figures(proof, "figures", DIFFERENCES))
+    parts.append(figures(proofs(conditions), "figures", DIFFERENCES))
     for question in questions(conditions, corrupted, boxes, "figures"):
         parts += [f"## {question.text}", question.sentence, *question.evidence]
     for heading, explanation, chosen_conditions in (
-        ("Every scheme, on the test images", "Descriptive: only the two tests above were declared.", proof),
+        (
+            "Every scheme, on the test images",
+            "Descriptive: only the two tests above were declared.",
+            list(filter(is_proof, conditions)),
+        ),
         (
             "Every scheme, on the hold-out",
             "A tenth of the training images, not trained on; nothing is claimed.",

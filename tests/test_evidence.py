@@ -694,7 +694,14 @@ def test_saliency_rows(command, data, tmp_path, capsys):
 
 def test_the_commands_of_the_docs_are_accepted():
     text = (timing.ROOT / "docs" / "experiments.md").read_text().replace("\\\n", " ")
-    for variable, value in {"$n": "10", "$s": "128", "$lr": "0.2", "$d": "cifar10", "${d^^}": "CIFAR10"}.items():
+    for variable, value in {
+        "$n": "10",
+        "$s": "128",
+        "$lr": "0.2",
+        "$best": "0.4",
+        "$d": "cifar10",
+        "${d^^}": "CIFAR10",
+    }.items():
         text = text.replace(variable, value)
     found = re.findall(r"(?:\bR|benchmarks\.accuracy) (--data [^;\n`]*)", text)
     assert len(found) >= 15

@@ -138,8 +138,8 @@ def test_numbers_of_the_claims_equal_a_computation_of_their_own():
     own = [60 + seed / 10 for seed in range(3, 11)]
     mixed = [a + b for a, b in zip(own, DIFFERENCES, strict=True)]
     error = statistics.stdev(mixed) / math.sqrt(8)
-    assert cells[:3] == ["noise, 100 classes, 32 px, resnet18_cifar, 3 epochs", "8", "60.65 ± 0.09"]
-    assert cells[4] == f"{statistics.mean(mixed):.2f} ± {error:.2f}"
+    assert cells[:3] == ["noise, 100 classes, 32 px, resnet18_cifar, 3 epochs", "8", "60.65 ± 0.09 at lr 0.1"]
+    assert cells[4] == f"{statistics.mean(mixed):.2f} ± {error:.2f} at lr 0.1"
     assert cells[5].startswith(f"{statistics.mean(DIFFERENCES):+.2f} (+")
     p = 2 * sign_flip(DIFFERENCES)  # the two are scaled alike, so both p are the same, and Holm doubles them
     assert cells[6] == cells[8] == f"**p = {p:.3f}**"
@@ -157,7 +157,7 @@ def test_no_claim_without_seeds_or_difference():
     alone = report.claims(comparisons.conditions_of(row for row in paired(DIFFERENCES) if row.scheme != "control"))
     assert f"**p = {2 * sign_flip(DIFFERENCES):.3f}**" in alone  # the other test counts even where it was not run
     one = report.claims(comparisons.conditions_of(paired([0.5])))
-    assert "| 60.30 | 60.55 | 60.80 | +0.50 | n = 1: no claim |" in one
+    assert "| 60.30 at lr 0.1 | 60.55 at lr 0.1 | 60.80 at lr 0.1 | +0.50 | n = 1: no claim |" in one
 
 
 def test_answers_in_words():
@@ -167,12 +167,15 @@ def test_answers_in_words():
     counted += " not tested yet (too few seeds) in 1 of 4 settings."
     text = report.answers(comparisons.conditions_of(rows))
     lower = "Where it is lower, a further layer on the deepest stage does more than mixing stages."
-    assert text == f"Against the last stage, {counted} Against the control, {counted} {lower}"
+    assert text == (
+        f"Against the last stage, all at one learning rate, {counted} Against the control, all at one learning rate,"
+        f" {counted} {lower}"
+    )
     assert lower not in report.answers(comparisons.conditions_of(paired(DIFFERENCES)))
     alone = [row for row in paired(DIFFERENCES) if row.scheme != "control"]
     assert (
-        "\n- **Does ConvMix beat the last stage and the control?** Against the last stage, ConvMix's accuracy is"
-        " higher in 1 of 1 setting.\n"
+        "\n- **Does ConvMix beat the last stage and the control?** Against the last stage, all at one learning rate,"
+        " ConvMix's accuracy is higher in 1 of 1 setting.\n"
     ) in report.summary(comparisons.conditions_of(alone))
 
 
@@ -221,8 +224,8 @@ def test_the_best_variant_of_the_selection():
     rows += [run(scheme, 0, 50, split="holdout", lr=0.2) for scheme in ("convmix", "gelu")]  # not the recipe's rate
     found = comparisons.candidates(comparisons.conditions_of(rows))
     text = report.choice(found)
-    assert report.chosen(found) == (
-        "Of 2 schemes beside the default, on the hold-out, 1 are more than two standard errors worse; more than two"
+    assert report.chosen(found, "so") == (
+        "Of 2 schemes beside the default, on the hold-out, so, 1 are more than two standard errors worse; more than two"
         " standard errors better: `grid`."
     )
     error = 0.3 / 3**0.5 / 2**0.5  # of a setting's three seeds; of two settings
@@ -230,9 +233,9 @@ def test_the_best_variant_of_the_selection():
     found = comparisons.candidates(comparisons.conditions_of([row for row in rows if row.seed == 0]))
     assert "| grid | +1.50 | 2 | 2 |" in report.choice(found)
     assert "0 are more than two standard errors worse; more than two standard errors better: none." in report.chosen(
-        found
+        found, "so"
     )
-    assert report.choice([]) == report.chosen([]) == ""
+    assert report.choice([]) == report.chosen([], "so") == ""
 
 
 def test_each_scheme_at_the_learning_rate_that_suits_it():
@@ -264,6 +267,71 @@ def test_each_scheme_at_the_learning_rate_that_suits_it():
     assert len(lines) == 2
     assert report.tuned([]) == report.rates([]) == ""
     assert comparisons.tunings_of([c for c in conditions if c.settings.lr == 0.1]) == []
+    assert tuning.settled() == ["convmix"]  # the highest rate tried is the last stage's best
+
+
+BEST_RATES = {"last": 0.4, "control": 0.2, "convmix": 0.1, "grid": 0.2}
+SAME_SETTING = {"images": 500, "fraction": 0.2}
+
+
+def tuned_runs():
+    """Of every rate, on the hold-out and on the test images."""
+
+    def held_out(scheme, lr):
+        score = 50 + (scheme == "grid") - 10 * abs(math.log2(lr / BEST_RATES[scheme]))
+        return [run(scheme, seed, score, split="holdout", lr=lr, images=450, fraction=0.2) for seed in range(3)]
+
+    rows = [row for scheme in BEST_RATES for lr in (0.05, 0.1, 0.2, 0.4, 0.8) for row in held_out(scheme, lr)]
+    rows = [row for row in rows if (row.scheme, row.lr) != ("control", 0.4)]  # 0.2 is then the highest of all but one
+    for lr, gain in ((0.1, 3), (0.2, 2), (0.4, 1)):  # on the test images each scheme was run at all rates
+        rows += [replace(row, top1=row.top1 + gain) for row in paired(DIFFERENCES, lr=lr, **SAME_SETTING)]
+    return rows + paired(DIFFERENCES, lr=0.4, images=900, fraction=0.4)  # the last ones: another setting
+
+
+def test_the_declared_tests_with_a_rate_for_each_scheme():
+    rows = tuned_runs()
+    conditions = comparisons.conditions_of(rows)
+    (best,) = comparisons.at_best_rates(conditions)
+    assert {scheme: {one.lr for one in by_seed.values()} for scheme, by_seed in best.runs.items()} == {
+        scheme: {BEST_RATES[scheme]} for scheme in ("last", "control", "convmix")
+    }
+    assert (best.settings.images, best.settings.lr) == (500, 0)
+    assert best.difference("last", "convmix").values == pytest.approx([value + 2 for value in DIFFERENCES])
+    assert comparisons.proofs(conditions)[0] == best
+    text = report.summary(conditions)
+    assert (
+        "- **Does ConvMix beat the last stage and the control?** Against the last stage, each at the learning rate that"
+        " is best for it on the hold-out, ConvMix's accuracy is higher in 1 of 1 setting. Against the control,"
+    ) in text
+    first = text.splitlines()[2]
+    assert first.startswith(
+        "| noise, 100 classes, 500 images, 32 px, resnet18_cifar, 3 epochs | 8 | 61.65 ± 0.09 at lr 0.4 |"
+    )
+    (grid,) = (one for one in comparisons.tuned_candidates(comparisons.tunings_of(conditions)) if one.scheme == "grid")
+    assert (grid.mean, grid.error) == (1, 0)
+    assert "| grid | +1.00 ± 0.00 | 1 | 3 |" in report.document(conditions, [], [])
+    without = [row for row in rows if (row.scheme, row.lr) != ("convmix", 0.05)]  # its best is the lowest rate tried
+    assert comparisons.at_best_rates(comparisons.conditions_of(without)) == []
+    untested = [row for row in rows if (row.split, row.scheme, row.lr) != ("test", "last", 0.4)]
+    assert comparisons.at_best_rates(comparisons.conditions_of(untested)) == []
+
+
+def test_saved_nets_are_paired_across_their_best_rates_too():
+    (best,) = comparisons.at_best_rates(comparisons.conditions_of(tuned_runs()))
+    rows = [
+        replace(robust(scheme, seed, 10 * lr), lr=lr, **SAME_SETTING)
+        for scheme in ("last", "convmix")
+        for seed in (3, 4)
+        for lr in (0.1, 0.4)
+    ]
+    found = comparisons.rows_at_best_rates(rows, [best])
+    assert [(row.scheme, row.seed, row.top1, row.lr) for row in found] == [
+        ("last", 3, 4.0, comparisons.BEST),
+        ("last", 4, 4.0, comparisons.BEST),
+        ("convmix", 3, 1.0, comparisons.BEST),
+        ("convmix", 4, 1.0, comparisons.BEST),
+    ]
+    assert comparisons.title(found[0]).endswith("3 epochs, each at its best learning rate")
 
 
 def test_trends():
