@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_convmix import MIXERS, ConvMixNet, Mixer, MixerError
-from timm_convmix.mixers import DEFAULT_MIXER, FINAL, ConvMix, create_mixer
+from timm_convmix.mixers import DEFAULT_MIXER, FINAL, ConvMix, LayerScaleConvMix, create_mixer
 from timm_convmix.stages import MAX_TAPS, read_feature_info
 
 SIDE_WEIGHT = 0.3
@@ -133,7 +133,7 @@ class Variant(Mixer):
         act: A key of ``ACTIVATIONS``; None is that mixer's own.
         residual: Add the mix to the final map. Without it the mix replaces the final map.
         gate: Multiply the mix by the final map before.
-        gain: What each channel's gain starts with.
+        gain: What each channel's gain starts with; None is that mixer's own.
         drop_tap: Chance that a map is left out for an image while training; the others are scaled up.
         dropout: The same for each of a map's channels.
         decay: Decay the weights of the linear layers, where the optimizer decays any.
@@ -159,7 +159,7 @@ class Variant(Mixer):
         act: str | None = None,
         residual: bool = True,
         gate: bool = False,
-        gain: float = 1.0,
+        gain: float | None = None,
         drop_tap: float = 0.0,
         dropout: float = 0.0,
         decay: bool = True,
@@ -194,7 +194,7 @@ class Variant(Mixer):
         for branch in self.branches():
             branch.norms.update({key: NORMS[norm](channels[int(key)], **dd) for key in branch.norms})
             branch.act = ACTIVATIONS[act]() if act else branch.act
-            nn.init.constant_(branch.gain, gain)
+            nn.init.constant_(branch.gain, branch.gain[0] if gain is None else gain)
         self.pool = GeM(**dd) if pool == "gem" else POOLS[pool]
         self.grid, self.residual, self.gate = grid, residual, gate
         self.drop_tap, self.dropout = drop_tap, nn.Dropout(dropout)
@@ -426,11 +426,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     "convmix": {},
     # where it mixes: after global pooling by default
     "grid": dict(grid=True),
-    # an activation: none by default; with ReLU it is the mixer 'dual'
+    # what the gain starts with: 0.1 by default; with one it is the mixer 'linear'
+    "linear": dict(base="linear"),
+    "gain0": dict(gain=0.0),
+    "gain0.3": dict(gain=0.3),
+    "gain3": dict(gain=3.0),
+    # an activation: none by default; with ReLU, and a gain of one, it is the mixer 'dual'
     "dual": dict(base="dual"),
     "gelu": dict(act="gelu"),
     # its branches: up to three stages before the deepest, and beside them the final map, by default; the stages alone,
-    # or together with the deepest in one branch; both also with ReLU, which is the mixer 'convmix'
+    # or together with the deepest in one branch; the gain from one; both also with ReLU, which is the mixer 'convmix'
     "single_linear": dict(base="convmix", act="none"),
     "one_branch_linear": dict(base="convmix", act="none", deepest=True),
     "single": dict(base="convmix"),
@@ -456,16 +461,19 @@ CHANGES: dict[str, dict[str, Any]] = {
     # added to the final map by default; or multiplied by it before that
     "no_residual": dict(residual=False),
     "gate": dict(gate=True),
-    # the gain: one by default
-    "gain0": dict(gain=0.0),
-    "gain0.1": dict(gain=0.1),
-    "gain3": dict(gain=3.0),
     # regularisation: none by default
     "drop_tap": dict(drop_tap=0.2),
     "dropout": dict(dropout=0.5),
     # weight decay: that of every linear layer by default
     "no_decay": dict(decay=False),
 }
+BRANCHES: dict[str, dict[str, Any]] = {
+    "layerscale": dict(act="none", gain=LayerScaleConvMix.start),
+    "linear": dict(act="none"),
+    "dual": {},
+    "convmix": {},
+}
+"""What the branches of a mixer change of ConvMix's; the control's is of the same form."""
 CONTROL = "control"
 ALL = (*PEERS, CONTROL, *CHANGES)
 
@@ -523,8 +531,7 @@ def arguments_of(scheme: str, backbone: Any) -> dict[str, Any]:
     if not scheme.startswith(CONTROL):
         return dict(stages=stages, mixer=mixer, mixer_args=settings)
     budget = mixer_parameters(mixer, {stage: info[stage]["num_chs"] for stage in stages}, out, settings)
-    linear = {} if "base" in changes else {"act": "none"}  # as the default is
-    alone, settings = mixer_of(linear | changes | {"base": "convmix"})
+    alone, settings = mixer_of(BRANCHES[changes.get("base", DEFAULT_MIXER)] | changes | {"base": "convmix"})
     deepest = {len(info) - 1: info[-1]["num_chs"]}
     rank = matching_rank(budget, lambda rank: mixer_parameters(alone, deepest, out, settings | {"rank": rank}))
     return dict(stages=tuple(deepest), mixer=alone, mixer_args=settings | {"rank": rank})

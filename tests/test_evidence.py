@@ -218,7 +218,7 @@ def test_schemes_of_a_seed_share_their_backbone_bit_for_bit(scheme):
     assert all(torch.equal(plain[name], shared[name]) for name in plain.keys() - missing)
 
 
-@pytest.mark.parametrize("name", ["linear", "dual", "convmix"])
+@pytest.mark.parametrize("name", list(schemes.BRANCHES))
 def test_a_variant_by_default_is_its_mixer(name):
     in_channels, taps = {0: 8, 2: 12}, [torch.randn(3, 8, 6, 6), torch.randn(3, 12, 3, 3)]
     final = torch.randn(3, 16, 2, 2)
@@ -251,12 +251,28 @@ def test_a_variant_by_default_is_its_mixer(name):
 def test_the_control_has_as_many_parameters(arch):
     with torch.device("meta"):
         backbone = timm.create_model(arch, num_classes=100)
-        for scheme in ("convmix", "grid+full", "gelu", "single", "single+grid", "dual"):
+        for scheme in ("convmix", "grid+full", "gelu", "single", "single+grid", "dual", "linear"):
             control = "control" if scheme == "convmix" else f"control-{scheme}"
             models = [ConvMixNet(backbone, **schemes.arguments_of(name, backbone)) for name in (scheme, control)]
             counts = [sum(p.numel() for p in model.mixer.parameters()) for model in models]
             assert counts[1] == pytest.approx(counts[0], rel=0.05)
             assert models[1].stages == (len(backbone.feature_info) - 1,)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "act", "gain"),
+    [
+        ("control", "Identity", 0.1),
+        ("control-linear", "Identity", 1),
+        ("control-dual", "ReLU", 1),
+        ("control-single", "ReLU", 1),
+    ],
+)
+def test_the_control_is_a_branch_of_its_mixer(scheme, act, gain):
+    mixer = schemes.build("test_resnet", scheme, num_classes=7, seed=0).mixer
+    (branch,) = mixer.branches() if isinstance(mixer, schemes.Variant) else [mixer]
+    assert type(branch.act).__name__ == act
+    assert torch.equal(branch.gain, torch.full_like(branch.gain, gain))
 
 
 def test_the_control_has_as_many_macs():
@@ -296,7 +312,7 @@ def test_the_mix_on_the_grid_averages_cells():
     assert torch.allclose(mixer([tap], final), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("base", ["linear", "dual", "convmix"])
+@pytest.mark.parametrize("base", list(schemes.BRANCHES))
 def test_a_variant_without_residual_is_the_mix_alone(base):
     mixer, alone = (create_mixer("variant", {0: 4}, 8, base=base, residual=residual) for residual in (True, False))
     alone.load_state_dict(mixer.state_dict())
@@ -306,7 +322,7 @@ def test_a_variant_without_residual_is_the_mix_alone(base):
         alone.start_as_identity()
 
 
-@pytest.mark.parametrize("base", ["linear", "dual", "convmix"])
+@pytest.mark.parametrize("base", list(schemes.BRANCHES))
 def test_a_gate_multiplies_the_final_map(base):
     mixer, added = (create_mixer("variant", {0: 4}, 8, base=base, gate=gate) for gate in (True, False))
     taps, final = [torch.randn(2, 4, 6, 6)], torch.randn(2, 8, 3, 3)

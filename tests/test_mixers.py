@@ -6,7 +6,7 @@ from timm_convmix.errors import MixerError
 from timm_convmix.mixers import DEFAULT_MIXER, MIXERS, ConvMix, DualConvMix, LinearConvMix, NoMixer, create_mixer
 
 CHANNELS, OUT = {1: 8, 2: 16, 4: 24}, 40
-LEARNED = ["linear", "dual", "convmix"]
+LEARNED = ["layerscale", "linear", "dual", "convmix"]
 
 
 def maps(batch=2, dtype=torch.float32):
@@ -130,7 +130,9 @@ def test_settings_rebuild_the_mixer(name):
 
 
 def test_wrong_names_and_settings_are_refused():
-    with pytest.raises(MixerError, match=r"Unknown mixer 'fpn'; choose one of 'linear', 'dual', 'convmix', 'none'"):
+    with pytest.raises(
+        MixerError, match=r"Unknown mixer 'fpn'; choose one of 'layerscale', 'linear', 'dual', 'convmix', 'none'"
+    ):
         create_mixer("fpn", CHANNELS, OUT)
     with pytest.raises(MixerError, match=r"mixer 'convmix' does not take these settings: .*'width'"):
         create_mixer("convmix", CHANNELS, OUT, width=3)
