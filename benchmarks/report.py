@@ -439,6 +439,7 @@ RULE = (
 )
 OWN, SAME = "each at the learning rate that is best for it on the hold-out", "all at one learning rate"
 NOTHING = "No run is recorded yet."
+SPEED = "All at the recipe's learning rate, which compares how fast they learn before anything else:"
 TREND = (
     "Page's test asks whether the relative reduction of the error grows along a series. Training images are varied at"
     " equal steps: as many fewer epochs as there are more images."
@@ -491,8 +492,8 @@ def questions(
         Question("Is it only the learning rate?", tuned(tunings), (rates(tunings),)),
         Question(
             "Which variant is the default?",
-            f"{chosen(at_best, OWN)} {chosen(at_one, SAME)}".strip(),
-            (f"Each at its own learning rate:\n\n{choice(at_best)}", f"At the recipe's:\n\n{choice(at_one)}", RULE),
+            chosen(at_best, OWN) or chosen(at_one, SAME),
+            (RULE, choice(at_best), SPEED, choice(at_one)),
         ),
         Question("And the peers?", against_peers(scratch)),
         Question(
