@@ -194,7 +194,8 @@ class Variant(Mixer):
         for branch in self.branches():
             branch.norms.update({key: NORMS[norm](channels[int(key)], **dd) for key in branch.norms})
             branch.act = ACTIVATIONS[act]() if act else branch.act
-            nn.init.constant_(branch.gain, branch.gain[0] if gain is None else gain)
+            if gain is not None:
+                nn.init.constant_(branch.gain, gain)
         self.pool = GeM(**dd) if pool == "gem" else POOLS[pool]
         self.grid, self.residual, self.gate = grid, residual, gate
         self.drop_tap, self.dropout = drop_tap, nn.Dropout(dropout)

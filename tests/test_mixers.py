@@ -3,7 +3,16 @@ import torch
 from torch.nn import functional as F
 
 from timm_convmix.errors import MixerError
-from timm_convmix.mixers import DEFAULT_MIXER, MIXERS, ConvMix, DualConvMix, LinearConvMix, NoMixer, create_mixer
+from timm_convmix.mixers import (
+    DEFAULT_MIXER,
+    MIXERS,
+    ConvMix,
+    DualConvMix,
+    LayerScaleConvMix,
+    LinearConvMix,
+    NoMixer,
+    create_mixer,
+)
 
 CHANNELS, OUT = {1: 8, 2: 16, 4: 24}, 40
 LEARNED = ["layerscale", "linear", "dual", "convmix"]
@@ -50,6 +59,16 @@ def test_linear_is_two_matrices(rank):
         mix = mix + (vector @ matrix.T + branch.expand.bias) * branch.gain
     assert (mix < 0).any()
     torch.testing.assert_close(mixer(taps, final), final + mix[:, :, None, None])
+
+
+def test_layerscale_is_linear_with_small_gains():
+    taps, final = maps()
+    mixes = []
+    for kind in (LinearConvMix, LayerScaleConvMix):
+        torch.manual_seed(1)
+        mixes.append(kind(CHANNELS, OUT)(taps, final) - final)
+    assert mixes[0].abs().min() > 0
+    torch.testing.assert_close(mixes[1], 0.1 * mixes[0])
 
 
 def test_dual_is_two_mixes_added():
