@@ -52,7 +52,7 @@ def list_drawings(proof: Sequence[Condition]) -> dict[str, Drawing]:
     backbone only.
     """
     drawings: dict[str, Drawing] = {}
-    if tested := [c for c in proof if c.difference(LAST, CONVMIX)]:
+    if tested := [c for c in proof if c.difference(LAST, CONVMIX) or c.difference(CONTROL, CONVMIX)]:
         size = 7, 1.3 + 0.7 * len(tested)
         drawings[DIFFERENCES] = Drawing(FIGURE, size, partial(draw_differences, tested=tested))
     series = series_of(proof)

@@ -181,10 +181,10 @@ def claims(conditions: Sequence[Condition]) -> str:
     header += ["to last stage, points", "p", "to control, points", "p", "error reduction, %"]
     lines = []
     for condition in conditions:
-        if CONVMIX not in condition.runs or not condition.seeds(CONVMIX, LAST):
-            continue
         texts = verdicts(condition)
-        cells = [named(condition.settings), str(len(condition.seeds(CONVMIX, LAST)))]
+        if not texts:
+            continue
+        cells = [named(condition.settings), str(max(verdict.seeds for verdict in texts.values()))]
         for scheme in COMPARED:
             if seeds := condition.seeds(scheme, CONVMIX):
                 runs = [condition.runs[scheme][seed] for seed in seeds]

@@ -156,6 +156,8 @@ def test_no_claim_without_seeds_or_difference():
     assert "**" not in none
     alone = report.claims(comparisons.conditions_of(row for row in paired(DIFFERENCES) if row.scheme != "control"))
     assert f"**p = {2 * sign_flip(DIFFERENCES):.3f}**" in alone  # the other test counts even where it was not run
+    others = report.claims(comparisons.conditions_of(row for row in paired(DIFFERENCES) if row.scheme != "last"))
+    assert "| 8 |  | 60.91 ± 0.11 at lr 0.1 | 61.16 ± 0.15 at lr 0.1 |  |  | +0.26 (" in others
     one = report.claims(comparisons.conditions_of(paired([0.5])))
     assert "| 60.30 at lr 0.1 | 60.55 at lr 0.1 | 60.80 at lr 0.1 | +0.50 | n = 1: no claim |" in one
 
