@@ -349,8 +349,19 @@ def rows_at_best_rates(rows: Iterable[Row], best: Iterable[Condition]) -> list[R
 
 
 def proofs(conditions: Sequence[Condition]) -> list[Condition]:
-    """What was scored on the test images: each scheme at its best rate, then all at one."""
-    return [*at_best_rates(conditions), *filter(is_proof, conditions)]
+    """What was scored on the test images: each scheme at its best rate, then what else was run at one rate for all.
+
+    A scheme that is compared with ConvMix among the former, by the same runs, is left out of the latter.
+    """
+    best = at_best_rates(conditions)
+    others = []
+    for condition in filter(is_proof, conditions):
+        own = condition.runs
+        same = [c.runs for c in best if c.runs[CONVMIX] is own.get(CONVMIX)]
+        left = {s: own[s] for s in own if s == CONVMIX or not any(runs.get(s) is own[s] for runs in same)}
+        if left.keys() != {CONVMIX} or not same:
+            others.append(replace(condition, runs=left))
+    return [*best, *others]
 
 
 def tunings_of(conditions: Iterable[Condition]) -> list[Tuning]:

@@ -318,6 +318,27 @@ def test_the_declared_tests_with_a_rate_for_each_scheme():
     assert comparisons.at_best_rates(comparisons.conditions_of(untested)) == []
 
 
+def test_what_is_compared_at_its_best_rates_is_not_counted_once_more():
+    rows = [
+        run(scheme, seed, 50 - 10 * abs(math.log2(lr / rate)), split="holdout", lr=lr, images=450, fraction=0.2)
+        for scheme, rate in (("last", 0.2), ("convmix", 0.2), ("control", 0.4))
+        for lr in (0.1, 0.2, 0.4, 0.8)
+        for seed in range(3)
+    ]
+    for lr in (0.2, 0.4):
+        rows += paired(DIFFERENCES, lr=lr, **SAME_SETTING)
+    rows += [replace(row, scheme="concat") for row in rows if (row.split, row.scheme) == ("test", "control")]
+    found = comparisons.proofs(comparisons.conditions_of(rows))
+    assert [(c.settings.lr, list(c.runs)) for c in found] == [
+        (comparisons.BEST, ["last", "convmix", "control"]),
+        (0.2, ["convmix", "control", "concat"]),
+        (0.4, ["last", "convmix", "control", "concat"]),
+    ]
+    alone = [row for row in rows if row.scheme in ("last", "convmix")]
+    found = comparisons.proofs(comparisons.conditions_of(alone))
+    assert [c.settings.lr for c in found] == [comparisons.BEST, 0.4]
+
+
 def test_saved_nets_are_paired_across_their_best_rates_too():
     (best,) = comparisons.at_best_rates(comparisons.conditions_of(tuned_runs()))
     rows = [

@@ -246,8 +246,8 @@ class LayerScaleConvMix(LinearConvMix):
     """LinearConvMix whose gains start small, as LayerScale's do; the default.
 
     At 0.1, what LayerScale takes for networks of up to 18 layers (Touvron et al. 2021, arXiv:2103.17239). From gains of
-    one a network bears only a fraction of the plain backbone's learning rate. Chosen on a hold-out over LinearConvMix,
-    each at the learning rate that is best for it: 'linear' in docs/evidence.md.
+    one, half the plain backbone's learning rate was best. Chosen on hold-outs over LinearConvMix, each at the rate that
+    is best for it: 'linear' in docs/evidence.md.
 
     Arguments and errors are those of DualConvMix.
     """
