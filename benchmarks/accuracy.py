@@ -227,7 +227,7 @@ def train(
     model.train(not settings.freeze)
     if "compiled" in settings.mode:
         torch.compiler.reset()  # what was compiled for the run before counts against a limit
-    run = torch.compile(model) if "compiled" in settings.mode else model
+    run = torch.compile(model, mode="reduce-overhead") if "compiled" in settings.mode else model
     mean_loss = math.nan
     for epoch in (bar := tqdm(range(1, settings.epochs + 1), desc=settings.scheme, unit="epoch", leave=False)):
         plan = Epoch.draw(len(images), padding=settings.padding, generator=generator).to(device)
@@ -243,9 +243,9 @@ def train(
                 outputs = run(x)
             outputs = [logits.float() for logits in schemes.as_list(outputs)]
             loss = schemes.total_loss(outputs, images.labels[plan.order[chosen]], criterion)
-            optimizer.zero_grad()
             torch.autograd.backward(loss)
             optimizer.step()
+            optimizer.zero_grad()  # before the next step, whose CUDA graph reuses the gradients' memory
             losses.append(loss.detach())
         mean_loss = float(torch.stack(losses).mean())  # the only wait for a GPU in an epoch
         bar.set_postfix(loss=f"{mean_loss:.3f}")

@@ -13,6 +13,7 @@ import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -33,8 +34,8 @@ SUBSET_SEED, HOLD_OUT_SEED = 1, 2
 HOLD_OUT = 0.1
 """Share of the training images that selection is scored on, and that is not trained on then."""
 
-PIECE_BYTES = 58 * 2**20
-"""Of images; labels and names take another MiB at most."""
+PIECE_BYTES = 54 * 2**20
+"""Of images; labels, names and this repository, which travels beside a piece, take another 6 MiB at most."""
 TILES = 2500
 """Images a mosaic: enough that no header counts, few enough for WebP's 16383 pixels a side up to 327 px an image."""
 
@@ -110,13 +111,20 @@ def load_split(root: Path, split: str, size: int | None = None) -> Images:
         ValueError: They differ in size, and ``size`` is None.
     """
     cache = root / (f"{split}-{size}.safetensors" if size else f"{split}.safetensors")
-    files = list_files(root, split) if (root / split).is_dir() or not cache.is_file() else None
+    unpacked = (root / f"{split}.safetensors").is_file() and not (root / split).is_dir()
+    files = None if unpacked else list_files(root, split)
     if cache.is_file():
         with safetensors.safe_open(cache, "pt") as file:
             known = file.metadata()
             images = Images(file.get_tensor("pixels"), file.get_tensor("labels"))
         if (files is None or known["files"] == list_digest(files)) and known["images"] == digest_of(images):
             return images
+    if size and files is None:  # unpacked: there are no files
+        whole = load_split(root, split)
+        resized = (as_pixels(to_pil_image(image), size) for image in whole.pixels)
+        images = Images(stack(resized, count=len(whole), what=f"{root / split}"), whole.labels)
+        write_cache(cache, images, read_names(root, split), "unpacked")
+        return images
     files = files or list_files(root, split)
     images = Images(
         stack((decode(path, size) for path, _ in files), count=len(files), what=f"{root / split}"),
@@ -169,10 +177,14 @@ def as_bytes(data: bytes) -> Tensor:
 def decode(source: Path | io.BytesIO, size: int | None = None) -> Tensor:
     """An image file as (3, H, W) of uint8, grey ones too; resized to ``size`` where that is given."""
     with Image.open(source) as image:
-        rgb = image.convert("RGB")
-        if size and rgb.size != (size, size):
-            rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
-        return pil_to_tensor(rgb)
+        return as_pixels(image.convert("RGB"), size)
+
+
+def as_pixels(image: Image.Image, size: int | None) -> Tensor:
+    """A picture as (3, H, W) of uint8."""
+    if size and image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    return pil_to_tensor(image)
 
 
 def stack(images: Iterable[Tensor], *, count: int, what: str) -> Tensor:
@@ -289,8 +301,14 @@ def crop_and_flip(pixels: Tensor, shift: Tensor, flip: Tensor, *, padding: int) 
 
 def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Images of uint8 as floats of zero mean and unit deviation, the layout kept; ``mean`` and ``std`` in 0 to 1."""
-    scale = [pixels.new_tensor(values, dtype=torch.float32)[:, None, None] * 255 for values in (mean, std)]
-    return (pixels.float() - scale[0]) / scale[1]
+    shift, scale = (per_channel(tuple(values), pixels.device) for values in (mean, std))
+    return (pixels.float() - shift) / scale
+
+
+@cache
+def per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Values in 0 to 1 as (C, 1, 1) in 0 to 255; kept, because a copy to a GPU in every step would wait for it."""
+    return torch.tensor(values, device=device)[:, None, None] * 255
 
 
 # Packing --------------------------------------------------------------------------------------------------------------
