@@ -511,11 +511,6 @@ def seeds(text: str) -> list[int]:
     return list(range(int(first), int(last or first) + 1))
 
 
-def without_folders(argv: Sequence[str]) -> list[str]:
-    """The words of a command line, of paths the last part only: where things lay says nothing about a result."""
-    return [Path(word).name if "/" in word else word for word in argv]
-
-
 def check_options(args: argparse.Namespace) -> None:
     """Refuse what cannot be run before anything is read.
 
@@ -583,7 +578,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.schemes = schemes.ALL if args.schemes == ["all"] else args.schemes
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True  # all batches have one shape
-    command = ["python", "-m", "benchmarks.accuracy", *without_folders(argv)]
+    command = ["python", "-m", "benchmarks.accuracy", *argv]
     path = args.results / "accuracy.csv"
     try:
         check_options(args)

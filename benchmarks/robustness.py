@@ -17,7 +17,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from torch import Tensor
 from torchvision.transforms.v2 import functional as corrupting
 
-from benchmarks.accuracy import Saved, Scores, Settings, load_model, score, without_folders
+from benchmarks.accuracy import Saved, Scores, Settings, load_model, score
 from benchmarks.images import Images, digest_of, first_classes, load_split
 from benchmarks.timing import RESULTS, append_rows, conditions, read_rows_of
 from timm_convmix import PackingError
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             images = load_split(args.data, "validation", sizes.pop())
     except (ValueError, OSError, PackingError) as error:
         parser.error(str(error))
-    command = ["python", "-m", "benchmarks.robustness", *without_folders(argv)]
+    command = ["python", "-m", "benchmarks.robustness", *argv]
     path = args.results / "robustness.csv"
     measure(models, images, path, device=args.device, command=command, threads=args.threads)
     return 0

@@ -23,7 +23,7 @@ from scipy import stats
 from torch import Tensor
 
 from benchmarks import schemes
-from benchmarks.accuracy import Saved, Settings, load_model, without_folders
+from benchmarks.accuracy import Saved, Settings, load_model
 from benchmarks.images import SUBSET_SEED, Images, digest_of, load_split, normalise, read_names, stratified_order
 from benchmarks.timing import RESULTS, append_rows, conditions, read_rows_of
 from timm_convmix import PackingError
@@ -280,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, PackingError) as error:
         parser.error(str(error))
     images = whole.take(chosen)
-    command = ["python", "-m", "benchmarks.saliency", *without_folders(argv)]
+    command = ["python", "-m", "benchmarks.saliency", *argv]
     at = conditions(device=args.device, threads=args.threads, clock="wall", seed=SUBSET_SEED, argv=command)
     record = {key: at[key] for key in ("device", "torch", "timm", "python", "date", "argv")}
     record["scored"] = digest_of(whole)[:16]

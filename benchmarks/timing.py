@@ -193,7 +193,7 @@ def conditions(*, device: str, threads: int, clock: str, seed: int, argv: Sequen
         threads: As asked for; this function sets nothing.
         clock: A key of ``CLOCKS``.
         seed: Of weights and images.
-        argv: The command's words.
+        argv: The command's words, of whose paths the last part is kept: where things lay says nothing about a result.
     """
     return dict(
         device=device_name(device),
@@ -205,7 +205,7 @@ def conditions(*, device: str, threads: int, clock: str, seed: int, argv: Sequen
         python=platform.python_version(),
         seed=seed,
         date=date.today().isoformat(),
-        argv=shlex.join(argv),
+        argv=shlex.join(Path(word).name if "/" in word else word for word in argv),
     )
 
 
