@@ -12,6 +12,7 @@ from timm_convmix.mixers import (
     LinearConvMix,
     NoMixer,
     create_mixer,
+    pool,
 )
 
 CHANNELS, OUT = {1: 8, 2: 16, 4: 24}, 40
@@ -121,6 +122,19 @@ def test_everything_moves_within_two_steps_of_a_warm_start(name):
         (mixer(taps, final) - torch.ones_like(final)).square().mean().backward()
         optimizer.step()
     assert not [name for name, p in mixer.named_parameters() if torch.equal(p, before[name])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_gradient_of_the_pooling_is_no_map(dtype):
+    tap = (1000 * torch.rand(2, 3, 80, 90)).to(dtype)  # a sum of which float16 cannot hold
+    expected = tap.float().mean((2, 3)).to(dtype)
+    assert torch.equal(pool(tap), tap.mean((2, 3)))  # nothing to train: the plain operator, in exports too
+    pooled = pool(tap.requires_grad_())
+    torch.testing.assert_close(pooled, expected, rtol=1e-2 if dtype == torch.bfloat16 else 1e-3, atol=0)
+    (gradient,) = torch.autograd.grad(pooled.sum(), tap)
+    assert gradient.dtype == dtype
+    torch.testing.assert_close(gradient, torch.full_like(tap, 1 / 7200))
+    assert (gradient.stride()[2:] == (0, 0)) == (dtype != torch.float16)
 
 
 @pytest.mark.parametrize("name", LEARNED)

@@ -77,6 +77,19 @@ def rank_that_pays(rank: int, width: int, out_channels: int) -> int:
     return rank if rank * (width + out_channels) < width * out_channels else 0
 
 
+@torch.fx.wrap
+def pool(tap: Tensor) -> Tensor:
+    """The mean over the grid, (B, C) of a map (B, C, H, W).
+
+    While training it divides the sum: the gradient is then a view of (B, C), where that of ``mean``, which expands
+    before it divides, is a map as large as the tap, kept until the backward pass comes to that stage.
+    """
+    if not (torch.is_grad_enabled() and tap.requires_grad):
+        return tap.mean((2, 3))
+    wide = torch.float32 if tap.dtype == torch.float16 else tap.dtype  # a sum can be too large for float16
+    return (tap.sum((2, 3), dtype=wide) / (tap.shape[2] * tap.shape[3])).to(tap.dtype)
+
+
 class NoMixer(Mixer):
     """The plain backbone: the final map unchanged. It takes what every mixer takes, and needs none of it."""
 
@@ -149,7 +162,7 @@ class ConvMix(Mixer):
 
     def mix(self, taps: Sequence[Tensor]) -> Tensor:
         """What is added to every cell: (B, out_channels)."""
-        pooled = [norm(tap.mean((2, 3))) for norm, tap in zip(self.norms.values(), taps, strict=True)]  # (B, C_i) each
+        pooled = [norm(pool(tap)) for norm, tap in zip(self.norms.values(), taps, strict=True)]  # (B, C_i) each
         return self.gain * self.act(self.expand(self.reduce(torch.cat(pooled, dim=1))))
 
     @torch.no_grad()
