@@ -149,6 +149,8 @@ class Condition:
 def conditions_of(runs: Iterable[Run]) -> list[Condition]:
     """Group runs, in the order in which the first of each group was made.
 
+    The plain backbone's runs that start from their own nets stand beside the warm starts from the same nets too.
+
     Raises:
         ValueError: Two groups differ in their data alone.
     """
@@ -161,6 +163,10 @@ def conditions_of(runs: Iterable[Run]) -> list[Condition]:
                 f"Runs on {run.dataset} saw different images ({digests[shared]}, {run.data}): name them apart."
             )
         groups.setdefault(shared, {}).setdefault(run.scheme, {})[run.seed] = run
+    for shared, by_scheme in groups.items():
+        warm = replace(shared, init=shared.init.replace("{scheme}", LAST))
+        if warm != shared and warm in groups and LAST in by_scheme:  # its own nets are the plain ones
+            groups[warm][LAST] = by_scheme[LAST] | groups[warm].get(LAST, {})
     return [Condition(settings, by_scheme) for settings, by_scheme in groups.items()]
 
 
@@ -190,8 +196,9 @@ def is_proof(condition: Condition) -> bool:
 
 
 def all_runs(conditions: Iterable[Condition]) -> list[Run]:
-    """Every run of some conditions."""
-    return [run for condition in conditions for by_seed in condition.runs.values() for run in by_seed.values()]
+    """Every run of some conditions, once."""
+    runs = (run for condition in conditions for by_seed in condition.runs.values() for run in by_seed.values())
+    return list({run.key: run for run in runs}.values())
 
 
 def alike(conditions: Iterable[Condition], shared: Callable[[Settings], Settings]) -> Iterator[list[Condition]]:

@@ -411,6 +411,20 @@ def test_a_larger_backbone():
     assert report.smaller(conditions[:1]) == report.price(conditions[:1]) == ""
 
 
+def test_a_warm_start_stands_beside_the_plain_net_from_the_same_file():
+    own, plain = "M/{arch}-{scheme}-{seed}.safetensors", "M/{arch}-last-{seed}.safetensors"
+    rows = paired(DIFFERENCES, init=own)
+    warm = [replace(row, init=plain) for row in rows if row.scheme == "convmix"]
+    first, second = comparisons.conditions_of(rows + warm)
+    assert set(first.runs) == {"last", "control", "convmix"}
+    assert set(second.runs) == {"last", "convmix"}
+    assert second.difference("last", "convmix") == first.difference("last", "convmix")
+    assert comparisons.all_runs([first, second]) == comparisons.all_runs(comparisons.conditions_of(rows + warm))
+    assert len(comparisons.all_runs([first, second])) == len(rows + warm)
+    again = [replace(row, init=plain, top1=row.top1 + 1) for row in rows if row.scheme == "last"]
+    assert comparisons.conditions_of(rows + warm + again)[1].values("last")[0] == first.values("last")[0] + 1
+
+
 def test_peers_and_calibration_in_words():
     peers = [
         run(peer, seed, 60.0 + seed / 10 + add) for seed in range(3, 7) for peer, add in (("dag", 9), ("concat", -9))
