@@ -246,7 +246,7 @@ class LinearConvMix(DualConvMix):
 
     ``final + gain * linear(concat(layer_norm(mean(tap)) for tap in taps)) + gain' * linear'(layer_norm(mean(final)))``,
     broadcast over the grid: DualConvMix without activation. The default before 'layerscale', chosen on a hold-out over
-    DualConvMix, which learns few images by heart: 'dual' in docs/evidence.md.
+    DualConvMix, which ends below the plain backbone on few images: 'dual' in docs/evidence.md.
 
     Arguments and errors are those of DualConvMix.
     """
