@@ -31,6 +31,9 @@ TESTS = (LAST, CONTROL)
 RESAMPLES = 9999
 RATE, BEST = 0.1, 0.0
 """The recipe's learning rate; settings with another one say so. And what stands for the best one of each scheme."""
+DATASETS = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "tiny": "Tiny-ImageNet", "imagenette": "Imagenette"}
+"""How a data set is shown, by the name that the runs give it."""
+
 STARTS = {"{arch}-{scheme}-{seed}.safetensors": "the nets", "{arch}-last-{seed}.safetensors": "the plain nets"}
 """What runs start from, by the name of the file."""
 
@@ -175,9 +178,14 @@ def shared_settings(row: Settings) -> Settings:
     return Settings(**{name: getattr(row, name) for name in Settings.__dataclass_fields__} | FREE)
 
 
+def name_of(settings: Settings) -> str:
+    """The data set's name, as it is shown."""
+    return DATASETS.get(settings.dataset, settings.dataset)
+
+
 def title(settings: Settings) -> str:
     """What a setting is about: data set, part of it, size, backbone, start."""
-    words = [f"{settings.dataset}, {settings.classes} classes"]
+    words = [f"{name_of(settings)}, {settings.classes} classes"]
     if settings.fraction < 1:
         words.append(f"{settings.images} images")
     words.append(f"{settings.size} px, {settings.arch}, {settings.epochs} epochs")
@@ -416,7 +424,7 @@ class Series:
     def images(self) -> str:
         """Of which data set, and at which learning rates."""
         settings = self.conditions[-1].settings
-        return settings.dataset + (", each at its best learning rate" if settings.lr == BEST else "")
+        return name_of(settings) + (", each at its best learning rate" if settings.lr == BEST else "")
 
     def table(self) -> list[tuple[float, dict[int, float]]]:
         """Position, and relative reduction of the error for each seed, a setting."""

@@ -18,6 +18,7 @@ from benchmarks.comparisons import (
     Series,
     all_runs,
     backbones,
+    name_of,
     proofs,
     series_of,
     standard_error,
@@ -62,9 +63,12 @@ def list_drawings(proof: Sequence[Condition]) -> dict[str, Drawing]:
             f"Reduction of the error along: {what}", (5, 3.5), draw
         )
     for number, group in enumerate(backbones(proof), start=1):
-        dataset = group[0].settings.dataset
+        settings = group[0].settings
+        dataset = name_of(settings)
         draw = partial(draw_cost, conditions=group, dataset=dataset)
-        drawings[f"cost-{dataset}-{number}.svg"] = Drawing(f"Accuracy against MACs on {dataset}", (5, 3.5), draw)
+        drawings[f"cost-{settings.dataset}-{number}.svg"] = Drawing(
+            f"Accuracy against MACs on {dataset}", (5, 3.5), draw
+        )
     return drawings
 
 
