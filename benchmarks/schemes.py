@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_convmix import MIXERS, ConvMixNet, Mixer, MixerError
-from timm_convmix.mixers import DEFAULT_MIXER, FINAL, ConvMix, LayerScaleConvMix, create_mixer
+from timm_convmix.mixers import DEFAULT_MIXER, FINAL, AvgMaxConvMix, ConvMix, LayerScaleConvMix, create_mixer
 from timm_convmix.stages import MAX_TAPS, read_feature_info
 
 SIDE_WEIGHT = 0.3
@@ -114,6 +114,7 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 }
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "avg": lambda x: x.mean((2, 3), keepdim=True),
+    "max": lambda x: x.amax((2, 3), keepdim=True),
     "avgmax": lambda x: (x.mean((2, 3), keepdim=True) + x.amax((2, 3), keepdim=True)) / 2,
 }
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU}
@@ -129,7 +130,8 @@ class Variant(Mixer):
         rank: As of that mixer; None is its default.
         grid: Mix on the final map's grid, to which the maps are averaged, instead of after global pooling.
         norm: A key of ``NORMS``; applied to each map's channels.
-        pool: Global pooling: a key of ``POOLS``, or 'gem'.
+        pool: Global pooling: a key of ``POOLS``, or 'gem'; None is that mixer's own.
+        pool_final: The same, of the final map; None is ``pool``.
         act: A key of ``ACTIVATIONS``; None is that mixer's own.
         residual: Add the mix to the final map. Without it the mix replaces the final map.
         gate: Multiply the mix by the final map before.
@@ -144,7 +146,8 @@ class Variant(Mixer):
         MixerError: A setting is unknown.
     """
 
-    pool: Callable[[Tensor], Tensor]
+    pool: Callable[[Tensor], Tensor] | None
+    pool_final: Callable[[Tensor], Tensor] | None
 
     def __init__(  # noqa: PLR0913  (a choice each)
         self,
@@ -155,7 +158,8 @@ class Variant(Mixer):
         rank: int | None = None,
         grid: bool = False,
         norm: str = "layer",
-        pool: str = "avg",
+        pool: str | None = None,
+        pool_final: str | None = None,
         act: str | None = None,
         residual: bool = True,
         gate: bool = False,
@@ -169,7 +173,8 @@ class Variant(Mixer):
         super().__init__()
         for what, chosen, known in (
             ("norm", norm, NORMS),
-            ("pool", pool, {*POOLS, "gem"}),
+            ("pool", pool or "avg", {*POOLS, "gem"}),
+            ("pool_final", pool_final or "avg", {*POOLS, "gem"}),
             ("act", act or "none", ACTIVATIONS),
         ):
             if chosen not in known:
@@ -181,6 +186,7 @@ class Variant(Mixer):
             grid=grid,
             norm=norm,
             pool=pool,
+            pool_final=pool_final,
             act=act,
             residual=residual,
             gate=gate,
@@ -196,7 +202,8 @@ class Variant(Mixer):
             branch.act = ACTIVATIONS[act]() if act else branch.act
             if gain is not None:
                 nn.init.constant_(branch.gain, gain)
-        self.pool = GeM(**dd) if pool == "gem" else POOLS[pool]
+        self.pool = GeM(**dd) if pool == "gem" else POOLS.get(pool or "")
+        self.pool_final = GeM(**dd) if pool_final == "gem" else POOLS.get(pool_final or "", self.pool)
         self.grid, self.residual, self.gate = grid, residual, gate
         self.drop_tap, self.dropout = drop_tap, nn.Dropout(dropout)
 
@@ -217,8 +224,9 @@ class Variant(Mixer):
         grid = maps[FINAL].shape[2], maps[FINAL].shape[3]
         vectors = []
         for key, norm in branch.norms.items():
-            x = maps[int(key)]
-            cells = F.adaptive_avg_pool2d(x, grid) if self.grid else self.pool(x)
+            x, chosen = maps[int(key)], self.pool_final if int(key) == FINAL else self.pool
+            pool = chosen or POOLS[branch.pooling]
+            cells = F.adaptive_avg_pool2d(x, grid) if self.grid else pool(x)
             vector = norm(cells.permute(0, 2, 3, 1))  # (B, H, W, C_i), or (B, 1, 1, C_i)
             keep = F.dropout(vector.new_ones(len(vector), 1, 1, 1), self.drop_tap, self.training)
             vectors.append(self.dropout(vector * keep))
@@ -451,7 +459,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "norm_l2": dict(norm="l2"),
     "norm_rms": dict(norm="rms"),
     "norm_running": dict(norm="running"),
-    # how it pools: the mean by default
+    # how it pools: by average by default; otherwise everywhere, or of the taps or of the final map alone; 'avgmax_taps'
+    # is the mixer 'avgmax'
+    "max": dict(pool="max"),
+    "max_taps": dict(pool="max", pool_final="avg"),
+    "avgmax_taps": dict(base="avgmax"),
+    "avgmax_final": dict(pool_final="avgmax"),
     "avgmax": dict(pool="avgmax"),
     "gem": dict(pool="gem"),
     # the rank of the linear layers: the mixer's own by default, or full where that is smaller; divisor is read by
@@ -470,6 +483,7 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 BRANCHES: dict[str, dict[str, Any]] = {
     "layerscale": dict(act="none", gain=LayerScaleConvMix.start),
+    "avgmax": dict(act="none", gain=AvgMaxConvMix.start, pool="avgmax"),
     "linear": dict(act="none"),
     "dual": {},
     "convmix": {},

@@ -6,6 +6,7 @@ from timm_convmix.errors import MixerError
 from timm_convmix.mixers import (
     DEFAULT_MIXER,
     MIXERS,
+    AvgMaxConvMix,
     ConvMix,
     DualConvMix,
     LayerScaleConvMix,
@@ -16,7 +17,7 @@ from timm_convmix.mixers import (
 )
 
 CHANNELS, OUT = {1: 8, 2: 16, 4: 24}, 40
-LEARNED = ["layerscale", "linear", "dual", "convmix"]
+LEARNED = ["layerscale", "avgmax", "linear", "dual", "convmix"]
 
 
 def maps(batch=2, dtype=torch.float32):
@@ -70,6 +71,15 @@ def test_layerscale_is_linear_with_small_gains():
         mixes.append(kind(CHANNELS, OUT)(taps, final) - final)
     assert mixes[0].abs().min() > 0
     torch.testing.assert_close(mixes[1], 0.1 * mixes[0])
+
+
+def test_avgmax_pools_the_taps_by_average_and_maximum():
+    taps, final = maps()
+    mixer, average = AvgMaxConvMix(CHANNELS, OUT), LayerScaleConvMix(CHANNELS, OUT)
+    average.load_state_dict(mixer.state_dict())
+    halved = [(tap.mean((2, 3), keepdim=True) + tap.flatten(2).max(2).values[:, :, None, None]) / 2 for tap in taps]
+    torch.testing.assert_close(mixer(taps, final), average(halved, final))
+    assert not torch.allclose(mixer(taps, final), average(taps, final))
 
 
 def test_dual_is_two_mixes_added():
@@ -164,7 +174,8 @@ def test_settings_rebuild_the_mixer(name):
 
 def test_wrong_names_and_settings_are_refused():
     with pytest.raises(
-        MixerError, match=r"Unknown mixer 'fpn'; choose one of 'layerscale', 'linear', 'dual', 'convmix', 'none'"
+        MixerError,
+        match=r"Unknown mixer 'fpn'; choose one of 'layerscale', 'avgmax', 'linear', 'dual', 'convmix', 'none'",
     ):
         create_mixer("fpn", CHANNELS, OUT)
     with pytest.raises(MixerError, match=r"mixer 'convmix' does not take these settings: .*'width'"):

@@ -78,16 +78,22 @@ def rank_that_pays(rank: int, width: int, out_channels: int) -> int:
 
 
 @torch.fx.wrap
-def pool(tap: Tensor) -> Tensor:
-    """The mean over the grid, (B, C) of a map (B, C, H, W).
+def pool(tap: Tensor, pooling: str = "avg") -> Tensor:
+    """Pool a map (B, C, H, W) over its grid to (B, C).
 
-    While training it divides the sum: the gradient is then a view of (B, C), where that of ``mean``, which expands
-    before it divides, is a map as large as the tap, kept until the backward pass comes to that stage.
+    While training the mean is a divided sum: its gradient is then a view of (B, C), where that of ``mean``, which
+    expands before it divides, is a map as large as the tap, kept until the backward pass comes to that stage.
+
+    Args:
+        tap: The map.
+        pooling: 'avg', or 'avgmax', half of the mean and half of the maximum: timm's poolings of those names.
     """
-    if not (torch.is_grad_enabled() and tap.requires_grad):
-        return tap.mean((2, 3))
-    wide = torch.float32 if tap.dtype == torch.float16 else tap.dtype  # a sum can be too large for float16
-    return (tap.sum((2, 3), dtype=wide) / (tap.shape[2] * tap.shape[3])).to(tap.dtype)
+    if torch.is_grad_enabled() and tap.requires_grad:
+        wide = torch.float32 if tap.dtype == torch.float16 else tap.dtype  # a sum can be too large for float16
+        mean = (tap.sum((2, 3), dtype=wide) / (tap.shape[2] * tap.shape[3])).to(tap.dtype)
+    else:
+        mean = tap.mean((2, 3))
+    return mean if pooling == "avg" else (mean + tap.amax((2, 3))) / 2
 
 
 class NoMixer(Mixer):
@@ -153,6 +159,7 @@ class ConvMix(Mixer):
         self.norms = nn.ModuleDict({str(stage): nn.LayerNorm(c, **dd) for stage, c in in_channels.items()})
         self.reduce = nn.Linear(width, rank, bias=False, **dd) if rank else nn.Identity()
         self.expand = nn.Linear(rank or width, out_channels, **dd)
+        self.pooling = "avg"
         self.act: nn.Module = nn.ReLU()
         self.gain = nn.Parameter(torch.ones(out_channels, **dd))
 
@@ -162,8 +169,8 @@ class ConvMix(Mixer):
 
     def mix(self, taps: Sequence[Tensor]) -> Tensor:
         """What is added to every cell: (B, out_channels)."""
-        pooled = [norm(pool(tap)) for norm, tap in zip(self.norms.values(), taps, strict=True)]  # (B, C_i) each
-        return self.gain * self.act(self.expand(self.reduce(torch.cat(pooled, dim=1))))
+        vectors = [norm(pool(tap, self.pooling)) for norm, tap in zip(self.norms.values(), taps, strict=True)]
+        return self.gain * self.act(self.expand(self.reduce(torch.cat(vectors, dim=1))))
 
     @torch.no_grad()
     def start_as_identity(self) -> None:
@@ -198,6 +205,8 @@ class DualConvMix(Mixer):
 
     name: ClassVar[str] = "dual"
     activation: ClassVar[type[nn.Module]] = nn.ReLU
+    pooling: ClassVar[str] = "avg"
+    """Of the taps; see ``pool``."""
     start: ClassVar[float] = 1.0
     """Of each channel's gain."""
 
@@ -217,6 +226,7 @@ class DualConvMix(Mixer):
             ConvMix(channels, out_channels, rank=fitting, device=device, dtype=dtype)
             for channels, fitting in dual_branches(in_channels, out_channels, rank)
         )
+        self.taps.pooling = self.pooling
         for branch in (self.taps, self.final):
             branch.act = self.activation()
             nn.init.constant_(branch.gain, self.start)
@@ -269,8 +279,22 @@ class LayerScaleConvMix(LinearConvMix):
     start = 0.1
 
 
+class AvgMaxConvMix(LayerScaleConvMix):
+    """LayerScaleConvMix that pools the taps by average and maximum, half each, and the final map by average as before.
+
+    The maximum keeps how strong a feature is wherever it is, which the average of a large map loses. Better on
+    hold-outs ('avgmax_taps' in docs/evidence.md), not yet compared on test images.
+
+    Arguments and errors are those of DualConvMix.
+    """
+
+    name = "avgmax"
+    pooling = "avgmax"
+
+
 MIXERS: dict[str, Callable[..., Mixer]] = {
     "layerscale": LayerScaleConvMix,
+    "avgmax": AvgMaxConvMix,
     "linear": LinearConvMix,
     "dual": DualConvMix,
     "convmix": ConvMix,
