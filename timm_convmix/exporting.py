@@ -294,7 +294,7 @@ def write(net: nn.Module, input_size: tuple[int, int, int], facts: Mapping[str, 
         raise ExportError(f"{name}: its {size} bytes are more than one ONNX file holds; take --to torch-export.")
     shapes = ({0: torch.export.Dim("batch", min=1, max=MAX_BATCH)},)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # about torch's own insides
             program = torch.export.export(net, (torch.randn(TRACED, *input_size),), dynamic_shapes=shapes)
             if file.suffix == ".onnx":
