@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+from dataclasses import asdict, replace
 
 import pytest
 import safetensors
@@ -17,7 +18,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks import accuracy, cost, images, robustness, saliency, schemes, timing
+from benchmarks import accuracy, cost, images, robustness, saliency, schemes, timing, tuning
 from benchmarks.accuracy import Run
 from benchmarks.images import Epoch, Images
 from timm_convmix import MIXERS, ConvMixNet, MixerError
@@ -489,6 +490,37 @@ def command(data, tmp_path):
     return run
 
 
+def test_each_scheme_is_scored_at_the_rate_that_was_best_on_the_hold_out(data, tmp_path, monkeypatch, capsys):
+    words = ["--data", str(data), "--dataset-name", "digits", "--arch", "test_resnet", "--epochs", "1", "--batch", "16"]
+    words += ["--schemes", "last", "convmix", "--images", "32", "--threads", "1", "--results", str(tmp_path)]
+    monkeypatch.setattr(tuning, "SELECTION_SEEDS", [0])
+    best = {"last": 0.2, "convmix": 0.05}  # one between those tried first, one beyond them
+
+    def score(settings, *_, **__):
+        far = abs(math.log2(settings.lr / best[settings.scheme]))
+        return replace(template, **asdict(settings), top1=90 - far)
+
+    assert accuracy.main([*words, "--seeds", "9"]) == 0
+    (template, *_) = timing.read_rows_of(Run, tmp_path / "accuracy.csv")
+    (tmp_path / "accuracy.csv").unlink()
+    monkeypatch.setattr(accuracy, "run", score)
+    assert tuning.main([*words, "--seeds", "3", "4"]) == 0
+    assert "test_resnet: last 0.2, convmix 0.05" in capsys.readouterr().out
+    rows = timing.read_rows_of(Run, tmp_path / "accuracy.csv")
+    tried = {scheme: sorted(r.lr for r in rows if r.scheme == scheme and r.split == "holdout") for scheme in best}
+    assert tried == {"last": [0.1, 0.2, 0.4], "convmix": [0.025, 0.05, 0.1, 0.2, 0.4]}
+    tested = [(row.seed, row.scheme, row.lr) for row in rows if row.split == "test"]
+    assert tested == [(seed, scheme, lr) for seed in (3, 4) for scheme, lr in best.items()]
+
+    monkeypatch.setattr(accuracy, "run", None)  # nothing is left to run, whoever runs it
+    assert tuning.main([*words, "--seeds", "3", "--processes", "2"]) == 0
+    assert timing.read_rows_of(Run, tmp_path / "accuracy.csv") == rows
+    for wrong, why in (["--lr", "0.3"], "leave out --lr"), (["--rates", "0.1"], "give two or more"):
+        with pytest.raises(SystemExit):
+            tuning.main([*words, *wrong])
+        assert why in capsys.readouterr().err
+
+
 def test_a_compiled_run_learns_what_an_eager_one_does(command, monkeypatch):
     compile_model = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, mode: compile_model(model, backend="aot_eager"))
@@ -728,10 +760,13 @@ def test_the_commands_of_the_docs_are_accepted():
         "${d^^}": "CIFAR10",
     }.items():
         text = text.replace(variable, value)
-    found = re.findall(r"(?:\bR|benchmarks\.accuracy) (--data [^;\n`]*)", text)
+    found = re.findall(r"(?:\b([RT])|benchmarks\.accuracy) (--data [^;\n`]*)", text)
     assert len(found) >= 15
-    for command in found:
-        args = accuracy.build_parser().parse_args(shlex.split(command))
+    for letter, command in found:
+        words = shlex.split(command)
+        rest = tuning.build_parser().parse_known_args(words)[1] if letter == "T" else words
+        assert letter != "T" or not {"--lr", "--select"} & {*rest}
+        args = accuracy.build_parser().parse_args(rest)
         args.schemes = schemes.ALL if args.schemes == ["all"] else args.schemes
         accuracy.check_options(args)
         for arch in args.arch:

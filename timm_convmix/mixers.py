@@ -282,8 +282,8 @@ class LayerScaleConvMix(LinearConvMix):
 class AvgMaxConvMix(LayerScaleConvMix):
     """LayerScaleConvMix that pools the taps by average and maximum, half each, and the final map by average as before.
 
-    The maximum keeps how strong a feature is wherever it is, which the average of a large map loses. Better on
-    hold-outs ('avgmax_taps' in docs/evidence.md), not yet compared on test images.
+    The maximum keeps how strong a feature is wherever it is, which the average of a large map loses: 'avgmax_taps' in
+    docs/evidence.md.
 
     Arguments and errors are those of DualConvMix.
     """

@@ -1,0 +1,135 @@
+"""Every scheme at the learning rate that is best for it: chosen on the hold-out, then scored on the test images.
+
+    python -m benchmarks.tuning --data DIR --dataset-name cifar100 --arch resnet18_cifar --epochs 30
+    python -m benchmarks.tuning ... --device cuda --processes 5         several runs at a time, which fills a GPU
+
+Options and rows are those of ``benchmarks.accuracy``, without --lr and --select; --seeds are those of the test images.
+A rate is the best one only where a lower and a higher one were tried: half and double are added until it is. A row that
+exists is not run again, so a stopped command goes on when it is repeated.
+"""
+
+import argparse
+import multiprocessing
+import sys
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+
+from huggingface_hub.utils.tqdm import disable_progress_bars, tqdm
+
+from benchmarks import accuracy, schemes
+from benchmarks.accuracy import SELECTION_SEEDS, Run, Settings
+from benchmarks.comparisons import BEST, Tuning, conditions_of, shared_settings
+from benchmarks.timing import read_rows_of
+from timm_convmix import PackingError
+
+Words = tuple[str, ...]
+"""A command line of ``benchmarks.accuracy``."""
+
+
+def run_all(commands: Iterable[Words], *, processes: int, what: str) -> None:
+    """Run commands of ``benchmarks.accuracy``, several at a time in processes of their own.
+
+    Args:
+        commands: Their options.
+        processes: At a time; 1 runs them here, with their progress.
+        what: They are, for the progress bar.
+    """
+    todo = list(commands)
+    if processes == 1:
+        for words in tqdm(todo, desc=what, unit="command"):
+            accuracy.main(words)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a GPU does not survive a fork
+    with ProcessPoolExecutor(processes, spawn, disable_progress_bars) as pool:
+        for _ in tqdm(pool.map(accuracy.main, todo), total=len(todo), desc=what, unit="command"):
+            pass
+
+
+def what_was_tried(args: argparse.Namespace, settings: Settings) -> Tuning:
+    """The runs on the hold-out in a setting, whatever the learning rate."""
+    wanted = replace(shared_settings(settings), lr=BEST)
+    conditions = conditions_of(read_rows_of(Run, args.results / "accuracy.csv"))
+    found = (condition for condition in conditions if replace(condition.settings, lr=BEST) == wanted)
+    return Tuning(sorted(found, key=lambda condition: condition.settings.lr))
+
+
+def choose_rates(
+    args: argparse.Namespace, settings: Settings, words: Words, *, rates: Sequence[float], processes: int
+) -> dict[str, float]:
+    """Try learning rates on the hold-out until each scheme's best one lies between two others.
+
+    Args:
+        args: The options of ``benchmarks.accuracy``.
+        settings: Of any of its runs on the hold-out, with the backbone in question.
+        words: The same options, as they were given.
+        rates: Tried first.
+        processes: See ``run_all``.
+
+    Returns:
+        Scheme -> rate.
+    """
+    seeds = [str(seed) for seed in SELECTION_SEEDS]
+    todo = {(scheme, rate) for scheme in args.schemes for rate in rates}
+    while todo:
+        commands = [
+            (*words, "--arch", settings.arch, "--select", "--schemes", scheme, "--lr", f"{rate:g}", "--seeds", seed)
+            for scheme, rate in sorted(todo)
+            for seed in seeds
+        ]
+        run_all(commands, processes=processes, what="hold-out")
+        tuning = what_was_tried(args, settings)
+        todo = set()
+        for scheme in args.schemes:
+            tried = [condition.settings.lr for condition in tuning.tried(scheme)]
+            best = tuning.best(scheme).settings.lr
+            if best in (tried[0], tried[-1]):
+                todo.add((scheme, best / 2 if best == tried[0] else best * 2))
+    return {scheme: tuning.best(scheme).settings.lr for scheme in args.schemes}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The options beside those of ``benchmarks.accuracy``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tuning",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.2, 0.4], help="learning rates tried first")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Choose the rates, and run what has no row yet; the exit status."""
+    parser = build_parser()
+    own, rest = parser.parse_known_args(argv)
+    args = accuracy.build_parser().parse_args(rest)
+    if args.select or "--lr" in rest:
+        parser.error("this chooses the learning rate, on the hold-out: leave out --lr and --select.")
+    if len(set(own.rates)) == 1:
+        parser.error("one rate leaves nothing to choose: give two or more --rates.")
+    args.schemes = schemes.ALL if args.schemes == ["all"] else args.schemes
+    args.seeds = [seed for part in args.seeds for seed in part] if args.seeds else list(accuracy.PROOF_SEEDS)
+    try:
+        accuracy.check_options(args)
+        args.select = True
+        found = accuracy.list_settings(args, accuracy.load_data(args).settings)
+        by_arch = {settings.arch: settings for settings, _ in found}
+    except (ValueError, OSError, PackingError) as error:
+        parser.error(str(error))
+    for arch, settings in by_arch.items():
+        rates = choose_rates(args, settings, tuple(rest), rates=own.rates, processes=own.processes)
+        print(f"{arch}: " + ", ".join(f"{scheme} {rate:g}" for scheme, rate in rates.items()))
+        commands = [
+            (*rest, "--arch", arch, "--schemes", scheme, "--lr", f"{rate:g}", "--seeds", str(seed))
+            for seed in args.seeds
+            for scheme, rate in rates.items()
+        ]
+        run_all(commands, processes=own.processes, what="test images")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
