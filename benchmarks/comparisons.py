@@ -422,9 +422,12 @@ class Series:
 
     @property
     def images(self) -> str:
-        """Of which data set, and at which learning rates."""
+        """Of which data set, on which backbone, and at which learning rates."""
         settings = self.conditions[-1].settings
-        return name_of(settings) + (", each at its best learning rate" if settings.lr == BEST else "")
+        words = [name_of(settings)]
+        if len({condition.settings.arch for condition in self.conditions}) == 1:
+            words.append(settings.arch)
+        return ", ".join([*words, *["each at its best learning rate"] * (settings.lr == BEST)])
 
     def table(self) -> list[tuple[float, dict[int, float]]]:
         """Position, and relative reduction of the error for each seed, a setting."""

@@ -140,8 +140,7 @@ def draw_series(axes: Any, series: Sequence[Series], what: str) -> None:
         points = [(position, list(reductions.values())) for position, reductions in one.table()]
         x, y = [position for position, _ in points], [mean(values) for _, values in points]
         errors = [standard_error(values) or 0 for _, values in points]
-        arch = one.conditions[-1].settings.arch
-        axes.errorbar(x, y, errors, marker="o", capsize=3, label=fill(f"{arch}, {one.images}", 30))
+        axes.errorbar(x, y, errors, marker="o", capsize=3, label=fill(one.images, 30))
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set(xlabel=what, ylabel="error reduction, % (± standard error)", xscale="log")
     ticks = sorted({position for one in series for position, _ in one.table()})

@@ -383,12 +383,13 @@ def test_trends():
     ]
     text = report.summary(comparisons.conditions_of(growing))
     assert text.count("docs/figures/gain-number-of-classes.svg") == 1
-    assert "It grows with: number of classes (noise)." in text
+    assert "It grows with: number of classes (noise, resnet18_cifar)." in text
     assert "| 10: 0.3; 50: 1.3; 100: 2.6 |" in report.document(comparisons.conditions_of(growing), [], [])
     shrinking = [replace(row, classes=110 - row.classes, images=5 * (110 - row.classes)) for row in growing]
     (falling,) = comparisons.series_of(comparisons.conditions_of(shrinking))
     assert report.grows([falling, short]) == (
-        "It is not shown to grow with: number of classes (noise). Not tested (too few) with: number of classes (noise)."
+        "It is not shown to grow with: number of classes (noise, resnet18_cifar)."
+        " Not tested (too few) with: number of classes (noise, resnet18_cifar)."
     )
     sizes = paired(DIFFERENCES, size=64, padding=8) + paired(DIFFERENCES)
     (series,) = comparisons.series_of(comparisons.conditions_of(sizes))
