@@ -511,6 +511,13 @@ def seeds(text: str) -> list[int]:
     return list(range(int(first), int(last or first) + 1))
 
 
+def fill_in(args: argparse.Namespace) -> None:
+    """Put seeds and schemes in the place of what stands for them."""
+    default = SELECTION_SEEDS if args.select else PROOF_SEEDS
+    args.seeds = [seed for part in args.seeds for seed in part] if args.seeds else default
+    args.schemes = schemes.ALL if args.schemes == ["all"] else args.schemes
+
+
 def check_options(args: argparse.Namespace) -> None:
     """Refuse what cannot be run before anything is read.
 
@@ -573,9 +580,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = build_parser()
     args = parser.parse_args(argv)
-    default = SELECTION_SEEDS if args.select else PROOF_SEEDS
-    args.seeds = [seed for part in args.seeds for seed in part] if args.seeds else default
-    args.schemes = schemes.ALL if args.schemes == ["all"] else args.schemes
+    fill_in(args)
     torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True  # all batches have one shape
     command = ["python", "-m", "benchmarks.accuracy", *argv]

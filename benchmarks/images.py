@@ -36,6 +36,8 @@ HOLD_OUT = 0.1
 
 PIECE_BYTES = 54 * 2**20
 """Of images; labels, names and this repository, which travels beside a piece, take another 6 MiB at most."""
+UNPACKED = "unpacked"
+"""Stands in a cache for the digest of the files, where there are none."""
 TILES = 2500
 """Images a mosaic: enough that no header counts, few enough for WebP's 16383 pixels a side up to 327 px an image."""
 
@@ -111,8 +113,8 @@ def load_split(root: Path, split: str, size: int | None = None) -> Images:
         ValueError: They differ in size, and ``size`` is None.
     """
     cache = root / (f"{split}-{size}.safetensors" if size else f"{split}.safetensors")
-    unpacked = (root / f"{split}.safetensors").is_file() and not (root / split).is_dir()
-    files = None if unpacked else list_files(root, split)
+    kept = cache.is_file() or (root / f"{split}.safetensors").is_file()
+    files = None if kept and not (root / split).is_dir() else list_files(root, split)
     if cache.is_file():
         with safetensors.safe_open(cache, "pt") as file:
             known = file.metadata()
@@ -121,16 +123,14 @@ def load_split(root: Path, split: str, size: int | None = None) -> Images:
             return images
     if size and files is None:  # unpacked: there are no files
         whole = load_split(root, split)
-        resized = (as_pixels(to_pil_image(image), size) for image in whole.pixels)
-        images = Images(stack(resized, count=len(whole), what=f"{root / split}"), whole.labels)
-        write_cache(cache, images, read_names(root, split), "unpacked")
-        return images
-    files = files or list_files(root, split)
-    images = Images(
-        stack((decode(path, size) for path, _ in files), count=len(files), what=f"{root / split}"),
-        torch.tensor([label for _, label in files]),
-    )
-    write_cache(cache, images, names_of(files), list_digest(files))
+        pixels = (as_pixels(to_pil_image(image), size) for image in whole.pixels)
+        labels, names, digest = whole.labels, read_names(root, split), UNPACKED
+    else:
+        files = files or list_files(root, split)
+        pixels = (decode(path, size) for path, _ in files)
+        labels, names, digest = torch.tensor([label for _, label in files]), names_of(files), list_digest(files)
+    images = Images(stack(pixels, count=len(labels), what=f"{root / split}"), labels)
+    write_cache(cache, images, names, digest)
     return images
 
 
@@ -404,7 +404,7 @@ def unpack(source: Path, root: Path) -> dict[str, str]:
         digests[split] = digest_of(images)
         if digests[split] != packed["images"][split]:
             print(f"{split}: decoded to other pixels than where it was packed, by another JPEG library.")
-        write_cache(root / f"{split}.safetensors", images, [name for part in names for name in part], "unpacked")
+        write_cache(root / f"{split}.safetensors", images, [name for part in names for name in part], UNPACKED)
     return digests
 
 

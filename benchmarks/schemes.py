@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_convmix import MIXERS, ConvMixNet, Mixer, MixerError
-from timm_convmix.mixers import DEFAULT_MIXER, FINAL, AvgMaxConvMix, ConvMix, LayerScaleConvMix, create_mixer
+from timm_convmix.mixers import DEFAULT_MIXER, FINAL, AvgMaxConvMix, ConvMix, LayerScaleConvMix, create_mixer, pool
 from timm_convmix.stages import MAX_TAPS, read_feature_info
 
 SIDE_WEIGHT = 0.3
@@ -113,9 +113,9 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "l2": UnitNorm,
 }
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
-    "avg": lambda x: x.mean((2, 3), keepdim=True),
+    "avg": lambda x: pool(x)[:, :, None, None],
     "max": lambda x: x.amax((2, 3), keepdim=True),
-    "avgmax": lambda x: (x.mean((2, 3), keepdim=True) + x.amax((2, 3), keepdim=True)) / 2,
+    "avgmax": lambda x: pool(x, "avgmax")[:, :, None, None],
 }
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU}
 
@@ -225,8 +225,7 @@ class Variant(Mixer):
         vectors = []
         for key, norm in branch.norms.items():
             x, chosen = maps[int(key)], self.pool_final if int(key) == FINAL else self.pool
-            pool = chosen or POOLS[branch.pooling]
-            cells = F.adaptive_avg_pool2d(x, grid) if self.grid else pool(x)
+            cells = F.adaptive_avg_pool2d(x, grid) if self.grid else (chosen or POOLS[branch.pooling])(x)
             vector = norm(cells.permute(0, 2, 3, 1))  # (B, H, W, C_i), or (B, 1, 1, C_i)
             keep = F.dropout(vector.new_ones(len(vector), 1, 1, 1), self.drop_tap, self.training)
             vectors.append(self.dropout(vector * keep))

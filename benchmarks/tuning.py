@@ -5,7 +5,7 @@
 
 Options and rows are those of ``benchmarks.accuracy``, without --lr and --select; --seeds are those of the test images.
 A rate is the best one only where a lower and a higher one were tried: half and double are added until it is. A row that
-exists is not run again, so a stopped command goes on when it is repeated.
+exists is not run again, so a stopped command goes on when it is repeated. --save keeps the models of the test images.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from huggingface_hub.utils.tqdm import disable_progress_bars, tqdm
 
-from benchmarks import accuracy, schemes
+from benchmarks import accuracy
 from benchmarks.accuracy import SELECTION_SEEDS, Run, Settings
 from benchmarks.comparisons import BEST, Tuning, conditions_of, shared_settings
 from benchmarks.timing import read_rows_of
@@ -25,6 +25,8 @@ from timm_convmix import PackingError
 
 Words = tuple[str, ...]
 """A command line of ``benchmarks.accuracy``."""
+MOST_RATES = 10
+"""Tried for a scheme; where none of these lies between two worse ones, the scores say nothing."""
 
 
 def run_all(commands: Iterable[Words], *, processes: int, what: str) -> None:
@@ -68,6 +70,9 @@ def choose_rates(
 
     Returns:
         Scheme -> rate.
+
+    Raises:
+        ValueError: No rate is better than those around it.
     """
     seeds = [str(seed) for seed in SELECTION_SEEDS]
     todo = {(scheme, rate) for scheme in args.schemes for rate in rates}
@@ -84,6 +89,9 @@ def choose_rates(
             tried = [condition.settings.lr for condition in tuning.tried(scheme)]
             best = tuning.best(scheme).settings.lr
             if best in (tried[0], tried[-1]):
+                if len(tried) >= MOST_RATES:
+                    shown = f"{tried[0]:g} to {tried[-1]:g}"
+                    raise ValueError(f"{scheme}: no rate of {shown} is better than its neighbours; give other --rates.")
                 todo.add((scheme, best / 2 if best == tried[0] else best * 2))
     return {scheme: tuning.best(scheme).settings.lr for scheme in args.schemes}
 
@@ -97,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.2, 0.4], help="learning rates tried first")
+    parser.add_argument("--save", metavar="DIR", help="as there, of the runs on the test images")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time")
     return parser
 
@@ -105,29 +114,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Choose the rates, and run what has no row yet; the exit status."""
     parser = build_parser()
     own, rest = parser.parse_known_args(argv)
-    args = accuracy.build_parser().parse_args(rest)
-    if args.select or "--lr" in rest:
+    options = accuracy.build_parser()
+    options.set_defaults(lr=BEST)
+    args = options.parse_args(rest)
+    if args.select or args.lr != BEST:
         parser.error("this chooses the learning rate, on the hold-out: leave out --lr and --select.")
     if len(set(own.rates)) == 1:
         parser.error("one rate leaves nothing to choose: give two or more --rates.")
-    args.schemes = schemes.ALL if args.schemes == ["all"] else args.schemes
-    args.seeds = [seed for part in args.seeds for seed in part] if args.seeds else list(accuracy.PROOF_SEEDS)
+    accuracy.fill_in(args)
     try:
         accuracy.check_options(args)
         args.select = True
         found = accuracy.list_settings(args, accuracy.load_data(args).settings)
-        by_arch = {settings.arch: settings for settings, _ in found}
+        for arch, settings in {settings.arch: settings for settings, _ in found}.items():
+            rates = choose_rates(args, settings, tuple(rest), rates=own.rates, processes=own.processes)
+            print(f"{arch}: " + ", ".join(f"{scheme} {rate:g}" for scheme, rate in rates.items()))
+            save = ("--save", own.save) if own.save else ()
+            commands = [
+                (*rest, *save, "--arch", arch, "--schemes", scheme, "--lr", f"{rate:g}", "--seeds", str(seed))
+                for seed in args.seeds
+                for scheme, rate in rates.items()
+            ]
+            run_all(commands, processes=own.processes, what="test images")
     except (ValueError, OSError, PackingError) as error:
         parser.error(str(error))
-    for arch, settings in by_arch.items():
-        rates = choose_rates(args, settings, tuple(rest), rates=own.rates, processes=own.processes)
-        print(f"{arch}: " + ", ".join(f"{scheme} {rate:g}" for scheme, rate in rates.items()))
-        commands = [
-            (*rest, "--arch", arch, "--schemes", scheme, "--lr", f"{rate:g}", "--seeds", str(seed))
-            for seed in args.seeds
-            for scheme, rate in rates.items()
-        ]
-        run_all(commands, processes=own.processes, what="test images")
     return 0
 
 

@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import safetensors
@@ -503,8 +504,10 @@ def test_each_scheme_is_scored_at_the_rate_that_was_best_on_the_hold_out(data, t
     assert accuracy.main([*words, "--seeds", "9"]) == 0
     (template, *_) = timing.read_rows_of(Run, tmp_path / "accuracy.csv")
     (tmp_path / "accuracy.csv").unlink()
-    monkeypatch.setattr(accuracy, "run", score)
-    assert tuning.main([*words, "--seeds", "3", "4"]) == 0
+    saved = []
+    monkeypatch.setattr(accuracy, "run", lambda *given: saved.append((given[0].split, given[3].save)) or score(*given))
+    assert tuning.main([*words, "--seeds", "3", "4", "--save", "models"]) == 0
+    assert {*saved} == {("holdout", None), ("test", Path("models"))}
     assert "test_resnet: last 0.2, convmix 0.05" in capsys.readouterr().out
     rows = timing.read_rows_of(Run, tmp_path / "accuracy.csv")
     tried = {scheme: sorted(r.lr for r in rows if r.scheme == scheme and r.split == "holdout") for scheme in best}
@@ -515,7 +518,12 @@ def test_each_scheme_is_scored_at_the_rate_that_was_best_on_the_hold_out(data, t
     monkeypatch.setattr(accuracy, "run", None)  # nothing is left to run, whoever runs it
     assert tuning.main([*words, "--seeds", "3", "--processes", "2"]) == 0
     assert timing.read_rows_of(Run, tmp_path / "accuracy.csv") == rows
-    for wrong, why in (["--lr", "0.3"], "leave out --lr"), (["--rates", "0.1"], "give two or more"):
+    monkeypatch.setattr(accuracy, "run", lambda settings, *_: replace(template, **asdict(settings)))  # all score alike
+    for wrong, why in (
+        (["--lr=0.3"], "leave out --lr"),
+        (["--rates", "0.1"], "give two or more"),
+        (["--epochs", "2"], "last: no rate of 0.00078125 to 0.4 is better than its neighbours; give other --rates."),
+    ):
         with pytest.raises(SystemExit):
             tuning.main([*words, *wrong])
         assert why in capsys.readouterr().err

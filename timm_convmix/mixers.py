@@ -86,7 +86,8 @@ def pool(tap: Tensor, pooling: str = "avg") -> Tensor:
 
     Args:
         tap: The map.
-        pooling: 'avg', or 'avgmax', half of the mean and half of the maximum: timm's poolings of those names.
+        pooling: 'avg', or 'avgmax', half of the mean and half of the maximum: timm's poolings of those names, whose
+            ``adaptive_max_pool2d`` is slower than ``amax``.
     """
     if torch.is_grad_enabled() and tap.requires_grad:
         wide = torch.float32 if tap.dtype == torch.float16 else tap.dtype  # a sum can be too large for float16
