@@ -25,6 +25,8 @@ from benchmarks.accuracy import Run, Settings
 
 LAST, CONTROL, CONVMIX = "last", "control", "convmix"
 NAMES = {LAST: "last stage", CONTROL: "control", CONVMIX: "ConvMix"}
+FORMER = "layerscale"
+"""The scheme of the default before; what was claimed with it stays on record, beside what the present one shows."""
 LEVEL = 0.05
 TESTS = (LAST, CONTROL)
 """What ConvMix is tested against; declared, so that Holm's method counts both even where one was not run."""
@@ -171,6 +173,26 @@ def conditions_of(runs: Iterable[Run]) -> list[Condition]:
         if warm != shared and warm in groups and LAST in by_scheme:  # its own nets are the plain ones
             groups[warm][LAST] = by_scheme[LAST] | groups[warm].get(LAST, {})
     return [Condition(settings, by_scheme) for settings, by_scheme in groups.items()]
+
+
+def former_name(scheme: str) -> str | None:
+    """What a scheme was called while ``FORMER`` was the default; None for what is called so now."""
+    named = {FORMER: CONVMIX, f"{CONTROL}-{FORMER}": CONTROL, CONVMIX: None, CONTROL: None}
+    return named.get(scheme, scheme)
+
+
+def former_conditions(conditions: Iterable[Condition]) -> list[Condition]:
+    """The same with ``FORMER`` as the default."""
+    found = (
+        replace(c, runs={name: runs for scheme, runs in c.runs.items() if (name := former_name(scheme))})
+        for c in conditions
+    )
+    return [condition for condition in found if condition.runs]
+
+
+def former_rows(rows: Iterable[Row]) -> list[Row]:
+    """The same of what was measured on saved nets."""
+    return [replace(row, scheme=name) for row in rows if (name := former_name(row.scheme))]
 
 
 def shared_settings(row: Settings) -> Settings:

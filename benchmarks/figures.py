@@ -72,9 +72,9 @@ def list_drawings(proof: Sequence[Condition]) -> dict[str, Drawing]:
     return drawings
 
 
-def figures(proof: Sequence[Condition], folder: str, start: str) -> str:
-    """Those of a folder whose names start alike, as markdown; '' where there are none."""
-    found = list_drawings(proof).items()
+def figures(proof: Sequence[Condition], folder: str | None, start: str) -> str:
+    """Those of a folder whose names start alike, as markdown; '' where there are none, or no folder."""
+    found = list_drawings(proof).items() if folder else ()
     return "\n".join(f"![{drawing.text}]({folder}/{name})" for name, drawing in found if name.startswith(start))
 
 

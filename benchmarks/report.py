@@ -22,6 +22,7 @@ from benchmarks.comparisons import (
     BEST,
     CONTROL,
     CONVMIX,
+    FORMER,
     LAST,
     LEVEL,
     NAMES,
@@ -37,6 +38,8 @@ from benchmarks.comparisons import (
     backbones,
     candidates,
     conditions_of,
+    former_conditions,
+    former_rows,
     is_proof,
     proofs,
     rows_at_best_rates,
@@ -444,6 +447,11 @@ TREND = (
     "Page's test asks whether the relative reduction of the error grows along a series. Training images are varied at"
     " equal steps: as many fewer epochs as there are more images."
 )
+BEFORE = (
+    f"The default before was `{FORMER}`. Here ConvMix is this mixer, and the control is of its form; elsewhere they are"
+    f" called `{FORMER}` and `{CONTROL}-{FORMER}`."
+)
+WHICH = "Which variant is the default?"
 EXPLANATION = (
     "Mean ± standard error over seeds, of the last epoch on the test images; differences are paired by seed, with their"
     " 95 % bootstrap interval (BCa). p: exact sign-flip test, corrected by Holm's method for the two tests declared"
@@ -468,7 +476,7 @@ class Question:
 
 
 def questions(
-    conditions: Sequence[Condition], corrupted: Sequence[Robustness], boxes: Sequence[Saliency], folder: str
+    conditions: Sequence[Condition], corrupted: Sequence[Robustness], boxes: Sequence[Saliency], folder: str | None
 ) -> list[Question]:
     """Those that some run answers.
 
@@ -476,7 +484,7 @@ def questions(
         conditions: All of them.
         corrupted: Rows of ``benchmarks.robustness``.
         boxes: Rows of ``benchmarks.saliency``.
-        folder: Of the figures, from the text.
+        folder: Of the figures, from the text; None where there are none.
     """
     proof = proofs(conditions)
     best = at_best_rates(conditions)
@@ -491,7 +499,7 @@ def questions(
         Question("Does ConvMix beat the last stage and the control?", answers(scratch), (claims(scratch), EXPLANATION)),
         Question("Is it only the learning rate?", tuned(tunings), (rates(tunings),)),
         Question(
-            "Which variant is the default?",
+            WHICH,
             chosen(at_best, OWN) or chosen(at_one, SAME),
             (RULE, choice(at_best), SPEED, choice(at_one)),
         ),
@@ -505,7 +513,11 @@ def questions(
         Question(
             "Is it worth more than a larger backbone?",
             smaller(proof),
-            (price(proof), figures(proof, folder, "cost-"), "What the mixer itself costs: [cost](cost.md)."),
+            (
+                price(proof),
+                figures(proof, folder, "cost-"),
+                "What the mixer itself costs: [cost](cost.md).",
+            ),
         ),
         Question(
             "Is the view wider, and does it rest on the object?",
@@ -521,6 +533,19 @@ def questions(
     return [question for question in asked if question.sentence]
 
 
+def former_questions(
+    conditions: Sequence[Condition], corrupted: Sequence[Robustness], boxes: Sequence[Saliency]
+) -> list[Question]:
+    """The same with the default before, but for its choice."""
+    asked = questions(former_conditions(conditions), former_rows(corrupted), former_rows(boxes), None)
+    return [question for question in asked if question.text != WHICH]
+
+
+def listed(asked: Sequence[Question]) -> str:
+    """Questions with the answers in words, a line each."""
+    return "\n".join(f"- **{question.text}** {question.sentence}" for question in asked)
+
+
 def summary(
     conditions: Sequence[Condition], corrupted: Sequence[Robustness] = (), boxes: Sequence[Saliency] = ()
 ) -> str:
@@ -532,8 +557,12 @@ def summary(
         made = provenance(all_runs(filter(is_proof, conditions)))
         parts.append(f"{EXPLANATION} {made} All schemes: [docs/evidence.md](docs/evidence.md).")
     asked = questions(conditions, corrupted, boxes, "docs/figures")
-    parts.append("\n".join(f"- **{question.text}** {question.sentence}" for question in asked))
+    parts.append(listed(asked))
     parts += [figures(proof, "docs/figures", start) for start in ("gain-", "cost-")]
+    if table := claims(proofs(former_conditions(conditions))):
+        answered = {question.text for question in asked}
+        before = former_questions(conditions, corrupted, boxes)
+        parts += [BEFORE, table, listed([question for question in before if question.text not in answered])]
     return "\n\n".join(filter(None, parts)) or NOTHING
 
 
@@ -543,6 +572,10 @@ def document(conditions: Sequence[Condition], corrupted: Sequence[Robustness], b
     parts.append(figures(proofs(conditions), "figures", DIFFERENCES))
     for question in questions(conditions, corrupted, boxes, "figures"):
         parts += [f"## {question.text}", question.sentence, *question.evidence]
+    if claims(proofs(former_conditions(conditions))):
+        parts += [f"## With the default before, `{FORMER}`", BEFORE]
+        for question in former_questions(conditions, corrupted, boxes):
+            parts += [f"### {question.text}", question.sentence, *question.evidence]
     for heading, explanation, chosen_conditions in (
         (
             "Every scheme, on the test images",

@@ -434,16 +434,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     "convmix": {},
     # where it mixes: after global pooling by default
     "grid": dict(grid=True),
-    # what the gain starts with: 0.1 by default; with one it is the mixer 'linear'
+    # what the gain starts with: 0.1 by default; with one, and pooling by average alone, it is the mixer 'linear'
     "linear": dict(base="linear"),
     "gain0": dict(gain=0.0),
     "gain0.3": dict(gain=0.3),
     "gain3": dict(gain=3.0),
-    # an activation: none by default; with ReLU, and a gain of one, it is the mixer 'dual'
+    # an activation: none by default; 'linear' with ReLU is the mixer 'dual'
     "dual": dict(base="dual"),
     "gelu": dict(act="gelu"),
     # its branches: up to three stages before the deepest, and beside them the final map, by default; the stages alone,
-    # or together with the deepest in one branch; the gain from one; both also with ReLU, which is the mixer 'convmix'
+    # or together with the deepest in one branch, of 'linear' and, with ReLU, of the mixer 'convmix'
     "single_linear": dict(base="convmix", act="none"),
     "one_branch_linear": dict(base="convmix", act="none", deepest=True),
     "single": dict(base="convmix"),
@@ -458,13 +458,12 @@ CHANGES: dict[str, dict[str, Any]] = {
     "norm_l2": dict(norm="l2"),
     "norm_rms": dict(norm="rms"),
     "norm_running": dict(norm="running"),
-    # how it pools: by average by default; otherwise everywhere, or of the taps or of the final map alone; 'avgmax_taps'
-    # is the mixer 'avgmax'
+    # how it pools: the taps by average and maximum, the final map by average by default; by average alone it is the
+    # mixer 'layerscale'; otherwise everywhere, or of the taps or of the final map alone
+    "layerscale": dict(base="layerscale"),
     "max": dict(pool="max"),
     "max_taps": dict(pool="max", pool_final="avg"),
-    "avgmax_taps": dict(base="avgmax"),
     "avgmax_final": dict(pool_final="avgmax"),
-    "avgmax": dict(pool="avgmax"),
     "gem": dict(pool="gem"),
     # the rank of the linear layers: the mixer's own by default, or full where that is smaller; divisor is read by
     # `arguments_of`
@@ -481,8 +480,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no_decay": dict(decay=False),
 }
 BRANCHES: dict[str, dict[str, Any]] = {
-    "layerscale": dict(act="none", gain=LayerScaleConvMix.start),
     "avgmax": dict(act="none", gain=AvgMaxConvMix.start, pool="avgmax"),
+    "layerscale": dict(act="none", gain=LayerScaleConvMix.start),
     "linear": dict(act="none"),
     "dual": {},
     "convmix": {},

@@ -78,7 +78,8 @@ def draw_mixing() -> None:
     for (text, x), before in zip(maps, (9, 23, 38, 53), strict=True):
         box(x, 30, 10, text, "#bfdbfe")
         arrow((before + 0.4, 33.5), (x - 0.4, 33.5))
-        box(x, 16, 10, "mean over\nthe grid,\nlayer norm", "#fde68a")
+        pooled = "mean" if x == 60 else "half mean,\nhalf maximum"  # of the final map, of a stage
+        box(x, 16, 10, f"{pooled}\nof the grid,\nlayer norm", "#fde68a")
         arrow((x + 5, 29.6), (x + 5, 23.4))
         arrow((x + 5, 15.6), (x + 5, 9.4))
     box(13, 2, 40, "concatenate 64 + 128 + 256 numbers;\nlinear, x gain of the channel", "#fde68a")

@@ -208,6 +208,24 @@ def test_settings_are_kept_apart():
         comparisons.conditions_of([*paired([0.5]), run("last", 9, 60, data="cd")])
 
 
+def test_what_was_claimed_with_the_default_before_stays_on_record():
+    before = {"convmix": "layerscale", "control": "control-layerscale"}
+    rows = [replace(row, scheme=before.get(row.scheme, row.scheme)) for row in paired(DIFFERENCES, classes=10)]
+    now = paired([-value for value in DIFFERENCES], classes=200)
+    claim = "| noise, 10 classes, 32 px, resnet18_cifar, 3 epochs | 8 |"
+    assert report.BEFORE not in report.summary(comparisons.conditions_of(now))
+    text = report.summary(comparisons.conditions_of([*rows, *now]))
+    first, then = text.split(report.BEFORE)
+    assert claim not in first
+    assert claim in then
+    assert "200 classes" not in then
+    assert "**Does ConvMix beat" not in then  # the present default answers that
+    _, then = report.document(comparisons.conditions_of([*rows, *now]), [], []).split(report.BEFORE)
+    assert "ConvMix's accuracy is higher in 1 of 1 setting" in then[: then.index("## Every scheme")]
+    started = [replace(row, init="a") for row in rows]
+    assert "**Does it carry over" in report.summary(comparisons.conditions_of([*started, *now])).split(report.BEFORE)[1]
+
+
 def test_a_title_says_what_a_setting_started_from():
     settings = comparisons.shared_settings(run("last", 3, 60.0, init="tiny/{arch}-{scheme}-{seed}.safetensors"))
     assert comparisons.title(settings).endswith(", 3 epochs, fine-tuned from the nets of tiny")

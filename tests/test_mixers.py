@@ -17,7 +17,7 @@ from timm_convmix.mixers import (
 )
 
 CHANNELS, OUT = {1: 8, 2: 16, 4: 24}, 40
-LEARNED = ["layerscale", "avgmax", "linear", "dual", "convmix"]
+LEARNED = ["avgmax", "layerscale", "linear", "dual", "convmix"]
 
 
 def maps(batch=2, dtype=torch.float32):
@@ -175,7 +175,7 @@ def test_settings_rebuild_the_mixer(name):
 def test_wrong_names_and_settings_are_refused():
     with pytest.raises(
         MixerError,
-        match=r"Unknown mixer 'fpn'; choose one of 'layerscale', 'avgmax', 'linear', 'dual', 'convmix', 'none'",
+        match=r"Unknown mixer 'fpn'; choose one of 'avgmax', 'layerscale', 'linear', 'dual', 'convmix', 'none'",
     ):
         create_mixer("fpn", CHANNELS, OUT)
     with pytest.raises(MixerError, match=r"mixer 'convmix' does not take these settings: .*'width'"):

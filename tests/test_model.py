@@ -152,7 +152,7 @@ def test_set_input_size():
     assert (arguments["img_size"], arguments["window_size"], arguments["mixer"]) == (
         (64, 96),
         ((4, 4),) * 4,
-        "layerscale",
+        "avgmax",
     )
     again = timm.create_model("convmix_swin_tiny_patch4_window7_224", **arguments)
     again.load_state_dict(model.state_dict())

@@ -205,9 +205,7 @@ def test_a_run_is_packed(run, packer):
 
 def run_args(model):
     return json.loads(
-        json.dumps(
-            dict(in_chans=3, global_pool="avg", mixer="layerscale", mixer_args=model.mixer.settings, stages=[0, 2])
-        )
+        json.dumps(dict(in_chans=3, global_pool="avg", mixer="avgmax", mixer_args=model.mixer.settings, stages=[0, 2]))
     )
 
 

@@ -404,7 +404,7 @@ def quantize(file: Path, photos: Photos, facts: Mapping[str, Any]) -> None:
     from onnxruntime.quantization.shape_inference import quant_pre_process  # noqa: PLC0415
 
     prepared = file.with_name("prepared.onnx")
-    quant_pre_process(file, prepared)
+    quant_pre_process(file, prepared, skip_symbolic_shape=True)  # which does not know ReduceMax; ONNX's own does
     batches = ({INPUT: batch.numpy()} for batch in photos.batches("calibrate"))
     quantize_static(
         prepared,

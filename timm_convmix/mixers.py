@@ -267,11 +267,11 @@ class LinearConvMix(DualConvMix):
 
 
 class LayerScaleConvMix(LinearConvMix):
-    """LinearConvMix whose gains start small, as LayerScale's do; the default.
+    """LinearConvMix whose gains start small, as LayerScale's do.
 
     At 0.1, what LayerScale takes for networks of up to 18 layers (Touvron et al. 2021, arXiv:2103.17239). From gains of
-    one, half the plain backbone's learning rate was best. Chosen on hold-outs over LinearConvMix, each at the rate that
-    is best for it: 'linear' in docs/evidence.md.
+    one, half the plain backbone's learning rate was best. The default before 'avgmax', chosen on hold-outs over
+    LinearConvMix, each at the rate that is best for it: 'linear' in docs/evidence.md.
 
     Arguments and errors are those of DualConvMix.
     """
@@ -281,10 +281,11 @@ class LayerScaleConvMix(LinearConvMix):
 
 
 class AvgMaxConvMix(LayerScaleConvMix):
-    """LayerScaleConvMix that pools the taps by average and maximum, half each, and the final map by average as before.
+    """LayerScaleConvMix that pools the taps by average and maximum, half each; the default.
 
-    The maximum keeps how strong a feature is wherever it is, which the average of a large map loses: 'avgmax_taps' in
-    docs/evidence.md.
+    The maximum keeps how strong a feature is wherever it is, which the average of a large map loses. The final map is
+    pooled by average alone. Chosen on hold-outs over LayerScaleConvMix, each at the rate that is best for it:
+    'layerscale' in docs/evidence.md.
 
     Arguments and errors are those of DualConvMix.
     """
@@ -294,14 +295,14 @@ class AvgMaxConvMix(LayerScaleConvMix):
 
 
 MIXERS: dict[str, Callable[..., Mixer]] = {
-    "layerscale": LayerScaleConvMix,
     "avgmax": AvgMaxConvMix,
+    "layerscale": LayerScaleConvMix,
     "linear": LinearConvMix,
     "dual": DualConvMix,
     "convmix": ConvMix,
     "none": NoMixer,
 }
-DEFAULT_MIXER = "layerscale"
+DEFAULT_MIXER = "avgmax"
 
 
 def create_mixer(name: str, in_channels: Mapping[int, int], out_channels: int, **settings: Any) -> Mixer:
