@@ -311,8 +311,10 @@ def start_from(model: Any, file: Path, *, num_classes: int, seed: int) -> None:
 
     Raises:
         WeightsError: The file does not fit.
+        ValueError: It was saved while the scheme's name stood for something else.
     """
     tensors = load_local(file)
+    check_form(model, file)
     mixed = any(name.startswith("mixer.") for name in tensors)
     if isinstance(model, ConvMixNet) and not mixed:
         model.mixer.start_as_identity()
@@ -327,8 +329,29 @@ def save_model(model: nn.Module, path: Path, settings: Settings, mean: Sequence[
     """Save a trained model with what rebuilds it; ``last`` is a checkpoint of timm, ConvMix one of this package."""
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {key: json.dumps(value) for key, value in dict(settings=asdict(settings), mean=mean, std=std).items()}
-    save_file(tensors, path, metadata)
+    known = dict(settings=asdict(settings), form=schemes.describe(model), mean=mean, std=std)
+    save_file(tensors, path, {key: json.dumps(value) for key, value in known.items()})
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What ``save_model`` says of a model: settings, form, mean, std; {} for a file of something else."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safetensors.safe_open(path, "pt") as file:
+        found = file.metadata() or {}
+    known = {key: json.loads(found[key]) for key in ("settings", "form", "mean", "std") if key in found}
+    return known if len(known) == 4 else {}
+
+
+def check_form(model: nn.Module, path: Path) -> None:
+    """Refuse a saved mixing scheme whose form is not the model's: a new default has the keys of the one before.
+
+    Raises:
+        ValueError: It is not.
+    """
+    own, saved = json.loads(json.dumps(schemes.describe(model))), read_metadata(path).get("form")
+    if own and saved and own != saved:
+        raise ValueError(f"{path.name} was saved with {saved}, and its scheme is {own} now: train it again.")
 
 
 @dataclass(frozen=True)
@@ -354,16 +377,14 @@ def load_model(path: Path, device: str = "cpu") -> Saved:
     """Rebuild a model that ``save_model`` saved.
 
     Raises:
-        ValueError: The file is none of those.
+        ValueError: The file is none of those, or see ``check_form``.
     """
-    with safetensors.safe_open(path, "pt") as file:
-        known = {
-            key: json.loads(text) for key, text in (file.metadata() or {}).items() if key in ("settings", "mean", "std")
-        }
-    if len(known) < 3:
+    known = read_metadata(path)
+    if not known:
         raise ValueError(f"{path.name} does not say how it was trained: use a file of benchmarks.accuracy --save.")
     settings = Settings(**known["settings"])
     model = schemes.build(settings.arch, settings.scheme, num_classes=settings.classes, seed=settings.seed)
+    check_form(model, path)
     model.load_state_dict(load_file(path))
     return Saved(model.to(device).eval(), settings, known["mean"], known["std"], short_sha256(path))
 

@@ -22,6 +22,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.accuracy import Run, Settings
+from benchmarks.schemes import PEERS
 
 LAST, CONTROL, CONVMIX = "last", "control", "convmix"
 NAMES = {LAST: "last stage", CONTROL: "control", CONVMIX: "ConvMix"}
@@ -175,24 +176,19 @@ def conditions_of(runs: Iterable[Run]) -> list[Condition]:
     return [Condition(settings, by_scheme) for settings, by_scheme in groups.items()]
 
 
-def former_name(scheme: str) -> str | None:
-    """What a scheme was called while ``FORMER`` was the default; None for what is called so now."""
-    named = {FORMER: CONVMIX, f"{CONTROL}-{FORMER}": CONTROL, CONVMIX: None, CONTROL: None}
-    return named.get(scheme, scheme)
+BEFORE = {FORMER: CONVMIX, f"{CONTROL}-{FORMER}": CONTROL} | {peer: peer for peer in PEERS}
+"""What stood for ConvMix and its control while ``FORMER`` was the default, and what they are compared with."""
 
 
 def former_conditions(conditions: Iterable[Condition]) -> list[Condition]:
-    """The same with ``FORMER`` as the default."""
-    found = (
-        replace(c, runs={name: runs for scheme, runs in c.runs.items() if (name := former_name(scheme))})
-        for c in conditions
-    )
+    """Conditions as they were while ``FORMER`` was the default, without its variants."""
+    found = (replace(c, runs={BEFORE[s]: runs for s, runs in c.runs.items() if s in BEFORE}) for c in conditions)
     return [condition for condition in found if condition.runs]
 
 
 def former_rows(rows: Iterable[Row]) -> list[Row]:
-    """The same of what was measured on saved nets."""
-    return [replace(row, scheme=name) for row in rows if (name := former_name(row.scheme))]
+    """Rows of what was measured on saved nets, as ``former_conditions``."""
+    return [replace(row, scheme=BEFORE[row.scheme]) for row in rows if row.scheme in BEFORE]
 
 
 def shared_settings(row: Settings) -> Settings:
@@ -420,10 +416,10 @@ def tuned_candidates(tunings: Iterable[Tuning]) -> list[Candidate]:
 
 
 def ranked(differences: Iterable[tuple[str, Difference | None]]) -> list[Candidate]:
-    """Candidates of differences to ConvMix, the highest mean first."""
+    """Candidates of differences to ConvMix, the highest mean first; neither peers nor controls are any."""
     found: dict[str, list[Difference]] = {}
     for scheme, difference in differences:
-        if scheme != CONVMIX and difference:
+        if scheme not in (CONVMIX, *PEERS) and not scheme.startswith(CONTROL) and difference:
             found.setdefault(scheme, []).append(difference)
     return sorted((Candidate(name, tuple(d)) for name, d in found.items()), key=lambda one: -one.mean)
 

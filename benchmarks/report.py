@@ -146,7 +146,7 @@ def chosen(found: Sequence[Candidate], at: str) -> str:
     better = [f"`{one.scheme}`" for one in found if one.error is not None and one.mean > 2 * one.error]
     worse = sum(one.error is not None and one.mean < -2 * one.error for one in found)
     return (
-        f"Of {len(found)} schemes beside the default, on the hold-out, {at}, {worse} are more than two standard errors"
+        f"Of {len(found)} variants beside the default, on the hold-out, {at}, {worse} are more than two standard errors"
         f" worse; more than two standard errors better: {', '.join(better) or 'none'}."
     )
 
@@ -447,9 +447,9 @@ TREND = (
     "Page's test asks whether the relative reduction of the error grows along a series. Training images are varied at"
     " equal steps: as many fewer epochs as there are more images."
 )
-BEFORE = (
-    f"The default before was `{FORMER}`. Here ConvMix is this mixer, and the control is of its form; elsewhere they are"
-    f" called `{FORMER}` and `{CONTROL}-{FORMER}`."
+FORMERLY = (
+    f"**With the default before, `{FORMER}`.** In the table and the answers below ConvMix is this mixer, and the"
+    f" control is of its form; elsewhere they are called `{FORMER}` and `{CONTROL}-{FORMER}`."
 )
 WHICH = "Which variant is the default?"
 EXPLANATION = (
@@ -533,36 +533,33 @@ def questions(
     return [question for question in asked if question.sentence]
 
 
-def former_questions(
-    conditions: Sequence[Condition], corrupted: Sequence[Robustness], boxes: Sequence[Saliency]
-) -> list[Question]:
-    """The same with the default before, but for its choice."""
-    asked = questions(former_conditions(conditions), former_rows(corrupted), former_rows(boxes), None)
-    return [question for question in asked if question.text != WHICH]
-
-
 def listed(asked: Sequence[Question]) -> str:
     """Questions with the answers in words, a line each."""
     return "\n".join(f"- **{question.text}** {question.sentence}" for question in asked)
+
+
+def tested(conditions: Sequence[Condition]) -> str:
+    """The table of the two declared tests, and what its runs were made with; '' without any."""
+    made = [condition for condition in conditions if verdicts(condition)]
+    return f"{claims(made)}\n\n{provenance(all_runs(made))}" if made else ""
 
 
 def summary(
     conditions: Sequence[Condition], corrupted: Sequence[Robustness] = (), boxes: Sequence[Saliency] = ()
 ) -> str:
     """The README's part."""
-    proof = proofs(conditions)
-    parts = []
-    if table := claims(proof):
-        parts += [table, figures(proof, "docs/figures", DIFFERENCES)]
-        made = provenance(all_runs(filter(is_proof, conditions)))
-        parts.append(f"{EXPLANATION} {made} All schemes: [docs/evidence.md](docs/evidence.md).")
+    proof, before = proofs(conditions), former_conditions(conditions)
     asked = questions(conditions, corrupted, boxes, "docs/figures")
+    parts = []
+    if table := tested(proof):
+        parts += [table, f"{EXPLANATION} All schemes: [docs/evidence.md](docs/evidence.md)."]
+        parts.append(figures(proof, "docs/figures", DIFFERENCES))
     parts.append(listed(asked))
     parts += [figures(proof, "docs/figures", start) for start in ("gain-", "cost-")]
-    if table := claims(proofs(former_conditions(conditions))):
+    if table := tested(proofs(before)):
         answered = {question.text for question in asked}
-        before = former_questions(conditions, corrupted, boxes)
-        parts += [BEFORE, table, listed([question for question in before if question.text not in answered])]
+        formerly = questions(before, former_rows(corrupted), former_rows(boxes), None)
+        parts += [FORMERLY, table, listed([one for one in formerly if one.text not in answered])]
     return "\n\n".join(filter(None, parts)) or NOTHING
 
 
@@ -572,10 +569,12 @@ def document(conditions: Sequence[Condition], corrupted: Sequence[Robustness], b
     parts.append(figures(proofs(conditions), "figures", DIFFERENCES))
     for question in questions(conditions, corrupted, boxes, "figures"):
         parts += [f"## {question.text}", question.sentence, *question.evidence]
-    if claims(proofs(former_conditions(conditions))):
-        parts += [f"## With the default before, `{FORMER}`", BEFORE]
-        for question in former_questions(conditions, corrupted, boxes):
-            parts += [f"### {question.text}", question.sentence, *question.evidence]
+    before = former_conditions(conditions)
+    if tested(proofs(before)):
+        parts += ["## The default before", FORMERLY]
+        for question in questions(before, former_rows(corrupted), former_rows(boxes), None):
+            if question.text != WHICH:
+                parts += [f"### {question.text}", question.sentence, *question.evidence]
     for heading, explanation, chosen_conditions in (
         (
             "Every scheme, on the test images",

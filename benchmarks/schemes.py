@@ -128,7 +128,8 @@ class Variant(Mixer):
         out_channels: Channels of the final map.
         base: The mixer: a key of ``MIXERS`` whose branches are ConvMix's.
         rank: As of that mixer; None is its default.
-        grid: Mix on the final map's grid, to which the maps are averaged, instead of after global pooling.
+        grid: Mix on the final map's grid, to which the maps are averaged whatever ``pool`` says, instead of after
+            global pooling.
         norm: A key of ``NORMS``; applied to each map's channels.
         pool: Global pooling: a key of ``POOLS``, or 'gem'; None is that mixer's own.
         pool_final: The same, of the final map; None is ``pool``.
@@ -432,7 +433,7 @@ OWN_CLASSIFIERS = {name for name, make in PEERS.items() if isinstance(make, type
 
 CHANGES: dict[str, dict[str, Any]] = {
     "convmix": {},
-    # where it mixes: after global pooling by default
+    # where it mixes: after global pooling by default; the grid takes averages, so compare it with 'layerscale'
     "grid": dict(grid=True),
     # what the gain starts with: 0.1 by default; with one, and pooling by average alone, it is the mixer 'linear'
     "linear": dict(base="linear"),
@@ -486,7 +487,7 @@ BRANCHES: dict[str, dict[str, Any]] = {
     "dual": {},
     "convmix": {},
 }
-"""What the branches of a mixer change of ConvMix's; the control's is of the same form."""
+"""What the branch of the taps changes of ConvMix's in each mixer; the control's is of the same form."""
 CONTROL = "control"
 ALL = (*PEERS, CONTROL, *CHANGES)
 

@@ -23,7 +23,7 @@ from benchmarks import accuracy, cost, images, robustness, saliency, schemes, ti
 from benchmarks.accuracy import Run
 from benchmarks.images import Epoch, Images
 from timm_convmix import MIXERS, ConvMixNet, MixerError
-from timm_convmix.mixers import create_mixer
+from timm_convmix.mixers import DEFAULT_MIXER, create_mixer
 
 
 def coded(count, classes, size=8):
@@ -265,19 +265,25 @@ def test_the_control_has_as_many_parameters(arch):
 
 
 @pytest.mark.parametrize(
-    ("scheme", "act", "gain"),
+    ("scheme", "act", "gain", "maximum"),
     [
-        ("control", "Identity", 0.1),
-        ("control-linear", "Identity", 1),
-        ("control-dual", "ReLU", 1),
-        ("control-single", "ReLU", 1),
+        ("control", "Identity", 0.1, 0.5),
+        ("control-layerscale", "Identity", 0.1, 0),
+        ("control-linear", "Identity", 1, 0),
+        ("control-dual", "ReLU", 1, 0),
+        ("control-single", "ReLU", 1, 0),
     ],
 )
-def test_the_control_is_a_branch_of_its_mixer(scheme, act, gain):
+def test_the_control_is_a_branch_of_its_mixer(scheme, act, gain, maximum):
     mixer = schemes.build("test_resnet", scheme, num_classes=7, seed=0).mixer
     (branch,) = mixer.branches() if isinstance(mixer, schemes.Variant) else [mixer]
     assert type(branch.act).__name__ == act
     assert torch.equal(branch.gain, torch.full_like(branch.gain, gain))
+    (norm,) = branch.norms.values()
+    tap, seen = torch.randn(2, *norm.normalized_shape, 3, 3), []
+    norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(1)))
+    mixer([tap], torch.randn(2, len(branch.gain), 3, 3))
+    torch.testing.assert_close(seen[0], (1 - maximum) * tap.mean((2, 3)) + maximum * tap.amax((2, 3)))
 
 
 def test_the_control_has_as_many_macs():
@@ -639,6 +645,13 @@ def test_saved_models_come_back(command, tmp_path):
     safetensors.torch.save_file({"x": x}, other)
     with pytest.raises(ValueError, match=r"other.safetensors does not say how it was trained"):
         accuracy.load_model(other)
+    former = safetensors.torch.load_file(path.with_name("test_resnet-convmix-0.safetensors"))
+    known = safetensors.safe_open(path.with_name("test_resnet-convmix-0.safetensors"), "pt").metadata()
+    safetensors.torch.save_file(former, other, known | {"form": known["form"].replace(DEFAULT_MIXER, "layerscale")})
+    model = schemes.build("test_resnet", "convmix", num_classes=10, seed=0)
+    for use in (accuracy.load_model, lambda file: accuracy.start_from(model, file, num_classes=10, seed=0)):
+        with pytest.raises(ValueError, match=r"other.safetensors was saved with .*'layerscale'.* train it again"):
+            use(other)
 
 
 def test_transfer_and_warm_start(command, tmp_path):
@@ -763,6 +776,7 @@ def test_the_commands_of_the_docs_are_accepted():
     text = (timing.ROOT / "docs" / "experiments.md").read_text().replace("\\\n", " ")
     for variable, value in {
         "$n": "10",
+        "$S": "last control-layerscale layerscale",
         "$s": "128",
         "$lr": "0.2",
         "$d": "cifar10",

@@ -208,22 +208,46 @@ def test_settings_are_kept_apart():
         comparisons.conditions_of([*paired([0.5]), run("last", 9, 60, data="cd")])
 
 
+def formerly(rows):
+    """Runs of the default before, as they are called now."""
+    names = {"convmix": "layerscale", "control": "control-layerscale"}
+    return [replace(row, scheme=names.get(row.scheme, row.scheme)) for row in rows]
+
+
 def test_what_was_claimed_with_the_default_before_stays_on_record():
-    before = {"convmix": "layerscale", "control": "control-layerscale"}
-    rows = [replace(row, scheme=before.get(row.scheme, row.scheme)) for row in paired(DIFFERENCES, classes=10)]
-    now = paired([-value for value in DIFFERENCES], classes=200)
-    claim = "| noise, 10 classes, 32 px, resnet18_cifar, 3 epochs | 8 |"
-    assert report.BEFORE not in report.summary(comparisons.conditions_of(now))
-    text = report.summary(comparisons.conditions_of([*rows, *now]))
-    first, then = text.split(report.BEFORE)
-    assert claim not in first
-    assert claim in then
-    assert "200 classes" not in then
-    assert "**Does ConvMix beat" not in then  # the present default answers that
-    _, then = report.document(comparisons.conditions_of([*rows, *now]), [], []).split(report.BEFORE)
-    assert "ConvMix's accuracy is higher in 1 of 1 setting" in then[: then.index("## Every scheme")]
-    started = [replace(row, init="a") for row in rows]
-    assert "**Does it carry over" in report.summary(comparisons.conditions_of([*started, *now])).split(report.BEFORE)[1]
+    now = paired([-value for value in DIFFERENCES])
+    assert report.FORMERLY not in report.summary(comparisons.conditions_of(now))
+    before = [row for row in formerly(paired(DIFFERENCES)) if row.scheme != "last"]  # the same setting and nets
+    grid = [replace(row, scheme="grid") for row in before if row.scheme == "layerscale"]
+    for rows, to_control in (([*now, *before, *grid], "+0.26"), ([*now, before[0], *before[2::2]], "")):
+        conditions = comparisons.conditions_of(rows)
+        first, then = report.summary(conditions).split(report.FORMERLY)
+        assert "-0.51 (" in first.splitlines()[2]
+        (line,) = (one for one in then.splitlines() if one.startswith("| noise, 100 classes,"))
+        cells = [cell.strip() for cell in line.split("|")]
+        assert cells[6].startswith("+0.51 (")
+        assert cells[8].startswith(to_control)
+        assert bool(cells[4]) is bool(cells[8]) is bool(to_control)
+        assert "**Does ConvMix beat" not in then  # the present default answers that
+        assert "![" not in then
+        _, then = report.document(conditions, [], []).split(report.FORMERLY)
+        then = then[: then.index("## Every scheme")]
+        assert (
+            "Against the last stage, all at one learning rate, ConvMix's accuracy is higher in 1 of 1 setting" in then
+        )
+        assert "is the default?" not in then
+        assert "![" not in then
+
+
+def test_answers_of_the_default_before_stand_where_the_present_one_has_none():
+    rows = [*paired(DIFFERENCES), *formerly(paired(DIFFERENCES, init="a"))]
+    first, then = report.summary(comparisons.conditions_of(rows)).split(report.FORMERLY)
+    assert "**Does it carry over" not in first
+    assert "**Does it carry over" in then
+    blurred = [robust(scheme, seed, 50.0) for scheme in ("last", "layerscale") for seed in (3, 4, 5)]
+    first, then = report.summary(comparisons.conditions_of(rows), blurred).split(report.FORMERLY)
+    assert "**Does it help on corrupted images?**" not in first
+    assert "**Does it help on corrupted images?**" in then
 
 
 def test_a_title_says_what_a_setting_started_from():
@@ -245,7 +269,7 @@ def test_the_best_variant_of_the_selection():
     found = comparisons.candidates(comparisons.conditions_of(rows))
     text = report.choice(found)
     assert report.chosen(found, "so") == (
-        "Of 2 schemes beside the default, on the hold-out, so, 1 are more than two standard errors worse; more than two"
+        "Of 2 variants beside the default, on the hold-out, so, 1 are more than two standard errors worse; more than two"
         " standard errors better: `grid`."
     )
     error = 0.3 / 3**0.5 / 2**0.5  # of a setting's three seeds; of two settings
@@ -327,7 +351,8 @@ def test_the_declared_tests_with_a_rate_for_each_scheme():
     assert first.startswith(
         "| noise, 100 classes, 500 images, 32 px, resnet18_cifar, 3 epochs | 8 | 61.65 ± 0.09 at lr 0.4 |"
     )
-    (grid,) = (one for one in comparisons.tuned_candidates(comparisons.tunings_of(conditions)) if one.scheme == "grid")
+    (grid,) = comparisons.tuned_candidates(comparisons.tunings_of(conditions))  # the control is none
+    assert grid.scheme == "grid"
     assert (grid.mean, grid.error) == (1, 0)
     assert "| grid | +1.00 ± 0.00 | 1 | 3 |" in report.document(conditions, [], [])
     without = [row for row in rows if (row.scheme, row.lr) != ("convmix", 0.05)]  # its best is the lowest rate tried

@@ -135,7 +135,7 @@ def test_everything_moves_within_two_steps_of_a_warm_start(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_gradient_of_the_pooling_is_no_map(dtype):
+def test_the_gradient_of_average_pooling_is_no_map(dtype):
     tap = (1000 * torch.rand(2, 3, 80, 90)).to(dtype)  # a sum of which float16 cannot hold
     expected = tap.float().mean((2, 3)).to(dtype)
     assert torch.equal(pool(tap), tap.mean((2, 3)))  # nothing to train: the plain operator, in exports too

@@ -82,7 +82,8 @@ def pool(tap: Tensor, pooling: str = "avg") -> Tensor:
     """Pool a map (B, C, H, W) over its grid to (B, C).
 
     While training the mean is a divided sum: its gradient is then a view of (B, C), where that of ``mean``, which
-    expands before it divides, is a map as large as the tap, kept until the backward pass comes to that stage.
+    expands before it divides, is a map as large as the tap, kept until the backward pass comes to that stage. That of
+    the maximum is such a map.
 
     Args:
         tap: The map.
