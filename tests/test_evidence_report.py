@@ -269,8 +269,8 @@ def test_the_best_variant_of_the_selection():
     found = comparisons.candidates(comparisons.conditions_of(rows))
     text = report.choice(found)
     assert report.chosen(found, "so") == (
-        "Of 2 variants beside the default, on the hold-out, so, 1 are more than two standard errors worse; more than two"
-        " standard errors better: `grid`."
+        "Of 2 variants beside the default, on the hold-out, so, 1 are more than two standard errors worse; more than"
+        " two standard errors better: `grid`."
     )
     error = 0.3 / 3**0.5 / 2**0.5  # of a setting's three seeds; of two settings
     assert text.splitlines()[2:] == [f"| grid | +1.80 ± {error:.2f} | 2 | 6 |", "| gem | -0.50 ± 0.00 | 1 | 3 |"]
