@@ -513,11 +513,7 @@ def questions(
         Question(
             "Is it worth more than a larger backbone?",
             smaller(proof),
-            (
-                price(proof),
-                figures(proof, folder, "cost-"),
-                "What the mixer itself costs: [cost](cost.md).",
-            ),
+            (price(proof), figures(proof, folder, "cost-"), "What the mixer itself costs: [cost](cost.md)."),
         ),
         Question(
             "Is the view wider, and does it rest on the object?",

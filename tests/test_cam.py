@@ -2,6 +2,7 @@
 
 import builtins
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -265,6 +266,9 @@ def test_a_picture_says_what_it_shows():
     assert caption.startswith("Grad-CAM for 'cat': where the evidence is, not why. Each map is divided by its own")
     assert caption.endswith("widens the mixed map by construction.")
     assert "widens" not in draw_cams(rows[1:]).get_supxlabel()
+    assert "nothing in favour" not in shown
+    maps = [dataclasses.replace(stage, heat=torch.zeros_like(stage.heat)) for stage in rows[0].maps]
+    assert texts(draw_cams([example(maps=maps)])).count("nothing in favour") == len(maps)
 
 
 def test_heat_lies_over_the_photograph():

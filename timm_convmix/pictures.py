@@ -82,6 +82,9 @@ def draw_cams(cams: Sequence[Cam]) -> "Figure":
             heat = axis.imshow(
                 stage.heat.cpu().numpy(), COLOURS, alpha=0.6, vmin=0, vmax=1, extent=extent, interpolation="bilinear"
             )
+            if not stage.heat.any():
+                where: dict[str, Any] = dict(transform=axis.transAxes, ha="center", va="center")
+                axis.text(0.5, 0.5, "nothing in favour", color="white", fontsize=8, **where)
         bar = part.colorbar(heat, ax=axes, fraction=0.015, shrink=0.8, ticks=(0, 0.5, 1))
         bar.set_label("share of the maximum", fontsize=7)
         bar.ax.tick_params(labelsize=7)
