@@ -27,7 +27,8 @@ from benchmarks.schemes import PEERS
 LAST, CONTROL, CONVMIX = "last", "control", "convmix"
 NAMES = {LAST: "last stage", CONTROL: "control", CONVMIX: "ConvMix"}
 FORMER = "layerscale"
-"""The scheme of the default before; what was claimed with it stays on record, beside what the present one shows."""
+"""The scheme of the former default that ran on all images; what was claimed with it stays on record, beside what the
+present one shows."""
 LEVEL = 0.05
 TESTS = (LAST, CONTROL)
 """What ConvMix is tested against; declared, so that Holm's method counts both even where one was not run."""

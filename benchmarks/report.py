@@ -448,15 +448,15 @@ TREND = (
     " equal steps: as many fewer epochs as there are more images."
 )
 FORMERLY = (
-    f"**With the default before, `{FORMER}`.** In the table and the answers below ConvMix is this mixer, and the"
+    f"**With a former default, `{FORMER}`.** In the table and the answers below ConvMix is this mixer, and the"
     f" control is of its form; elsewhere they are called `{FORMER}` and `{CONTROL}-{FORMER}`."
 )
 WHICH = "Which variant is the default?"
 EXPLANATION = (
     "Mean ± standard error over seeds, of the last epoch on the test images; differences are paired by seed, with their"
     " 95 % bootstrap interval (BCa). p: exact sign-flip test, corrected by Holm's method for the two tests declared"
-    " beforehand; bold where a difference is claimed. The control is one branch of the mixer on the deepest stage"
-    " alone, of as many parameters."
+    " beforehand; bold where a difference is claimed. The control is the mixer, or a branch of it, on the"
+    " deepest stage alone, of as many parameters."
 )
 
 
@@ -567,7 +567,7 @@ def document(conditions: Sequence[Condition], corrupted: Sequence[Robustness], b
         parts += [f"## {question.text}", question.sentence, *question.evidence]
     before = former_conditions(conditions)
     if tested(proofs(before)):
-        parts += ["## The default before", FORMERLY]
+        parts += ["## A former default", FORMERLY]
         for question in questions(before, former_rows(corrupted), former_rows(boxes), None):
             if question.text != WHICH:
                 parts += [f"### {question.text}", question.sentence, *question.evidence]

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from timm_convmix import MIXERS, ConvMixNet, Mixer, MixerError
-from timm_convmix.mixers import DEFAULT_MIXER, FINAL, AvgMaxConvMix, ConvMix, LayerScaleConvMix, create_mixer, pool
+from timm_convmix.mixers import (
+    DEFAULT_MIXER,
+    FINAL,
+    AvgMaxConvMix,
+    BlendConvMix,
+    ConvMix,
+    LayerScaleConvMix,
+    create_mixer,
+    pool,
+)
 from timm_convmix.stages import MAX_TAPS, read_feature_info
 
 SIDE_WEIGHT = 0.3
@@ -114,7 +123,7 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 }
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "avg": lambda x: pool(x)[:, :, None, None],
-    "max": lambda x: x.amax((2, 3), keepdim=True),
+    "max": lambda x: pool(x, "max")[:, :, None, None],
     "avgmax": lambda x: pool(x, "avgmax")[:, :, None, None],
 }
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"none": nn.Identity, "relu": nn.ReLU, "gelu": nn.GELU}
@@ -126,7 +135,7 @@ class Variant(Mixer):
     Args:
         in_channels: Position of each tapped stage -> its channels, shallow to deep.
         out_channels: Channels of the final map.
-        base: The mixer: a key of ``MIXERS`` whose branches are ConvMix's.
+        base: The mixer: 'blend', or a key of ``MIXERS`` whose branches are ConvMix's.
         rank: As of that mixer; None is its default.
         grid: Mix on the final map's grid, to which the maps are averaged whatever ``pool`` says, instead of after
             global pooling.
@@ -136,7 +145,8 @@ class Variant(Mixer):
         act: A key of ``ACTIVATIONS``; None is that mixer's own.
         residual: Add the mix to the final map. Without it the mix replaces the final map.
         gate: Multiply the mix by the final map before.
-        gain: What each channel's gain starts with; None is that mixer's own.
+        gain: What each channel's gain starts with; None is that mixer's own, and that of one without gains.
+        share: Multiplies the share of mixer 'blend'.
         drop_tap: Chance that a map is left out for an image while training; the others are scaled up.
         dropout: The same for each of a map's channels.
         decay: Decay the weights of the linear layers, where the optimizer decays any.
@@ -144,7 +154,7 @@ class Variant(Mixer):
         dtype: Of the parameters.
 
     Raises:
-        MixerError: A setting is unknown.
+        MixerError: A setting is unknown, or is of other mixers than ``base``.
     """
 
     pool: Callable[[Tensor], Tensor] | None
@@ -165,6 +175,7 @@ class Variant(Mixer):
         residual: bool = True,
         gate: bool = False,
         gain: float | None = None,
+        share: float = 1.0,
         drop_tap: float = 0.0,
         dropout: float = 0.0,
         decay: bool = True,
@@ -180,6 +191,8 @@ class Variant(Mixer):
         ):
             if chosen not in known:
                 raise MixerError(f"{what}={chosen!r} of a variant is none of {', '.join(sorted(known))}.")
+        if (gain if base == "blend" else share) not in (None, 1):
+            raise MixerError(f"a variant of {base!r} has no {'gain' if base == 'blend' else 'share'}.")
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.like = create_mixer(base, in_channels, out_channels, **({} if rank is None else {"rank": rank}), **dd)
         self.settings = self.like.settings | dict(
@@ -192,6 +205,7 @@ class Variant(Mixer):
             residual=residual,
             gate=gate,
             gain=gain,
+            share=share,
             drop_tap=drop_tap,
             dropout=dropout,
             decay=decay,
@@ -201,16 +215,18 @@ class Variant(Mixer):
         for branch in self.branches():
             branch.norms.update({key: NORMS[norm](channels[int(key)], **dd) for key in branch.norms})
             branch.act = ACTIVATIONS[act]() if act else branch.act
-            if gain is not None:
+            if isinstance(branch, ConvMix) and gain is not None:
                 nn.init.constant_(branch.gain, gain)
+        if isinstance(self.like, BlendConvMix):
+            self.like.share.mul_(share)
         self.pool = GeM(**dd) if pool == "gem" else POOLS.get(pool or "")
         self.pool_final = GeM(**dd) if pool_final == "gem" else POOLS.get(pool_final or "", self.pool)
         self.grid, self.residual, self.gate = grid, residual, gate
         self.drop_tap, self.dropout = drop_tap, nn.Dropout(dropout)
 
-    def branches(self) -> list[ConvMix]:
-        """Those of the mixer, each with norms, linear layers, an activation and a gain."""
-        return [module for module in self.like.modules() if isinstance(module, ConvMix)]
+    def branches(self) -> list[ConvMix | BlendConvMix]:
+        """Those of the mixer, each with norms, linear layers and an activation."""
+        return [module for module in self.like.modules() if isinstance(module, ConvMix | BlendConvMix)]
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Mix; shapes as in ``Mixer.forward``."""
@@ -218,9 +234,10 @@ class Variant(Mixer):
         mix = torch.stack([self.mix(branch, maps) for branch in self.branches()]).sum(0)
         mix = mix.to(final.dtype).permute(0, 3, 1, 2)  # (B, out_channels, H, W), or (B, out_channels, 1, 1)
         mix = mix * final if self.gate else mix
-        return final + mix if self.residual else mix.expand_as(final)
+        mixed = final + mix if self.residual else mix.expand_as(final)
+        return self.like.share.to(mixed.dtype) * mixed if isinstance(self.like, BlendConvMix) else mixed
 
-    def mix(self, branch: ConvMix, maps: Mapping[int, Tensor]) -> Tensor:
+    def mix(self, branch: ConvMix | BlendConvMix, maps: Mapping[int, Tensor]) -> Tensor:
         """What a branch makes of its maps: (B, H, W, out_channels), or (B, 1, 1, out_channels)."""
         grid = maps[FINAL].shape[2], maps[FINAL].shape[3]
         vectors = []
@@ -230,7 +247,8 @@ class Variant(Mixer):
             vector = norm(cells.permute(0, 2, 3, 1))  # (B, H, W, C_i), or (B, 1, 1, C_i)
             keep = F.dropout(vector.new_ones(len(vector), 1, 1, 1), self.drop_tap, self.training)
             vectors.append(self.dropout(vector * keep))
-        return branch.gain * branch.act(branch.expand(branch.reduce(torch.cat(vectors, dim=3))))
+        mixed = branch.act(branch.expand(branch.reduce(torch.cat(vectors, dim=3))))
+        return branch.gain * mixed if isinstance(branch, ConvMix) else mixed
 
     def no_weight_decay(self) -> set[str]:
         """None, or all."""
@@ -238,7 +256,7 @@ class Variant(Mixer):
 
     @torch.no_grad()
     def start_as_identity(self) -> None:
-        """Set the gains to zero, so that ``final`` comes out exactly.
+        """Set the gains to zero, or what 'blend' does, so that ``final`` comes out exactly.
 
         Raises:
             MixerError: The mix replaces the final map.
@@ -246,18 +264,22 @@ class Variant(Mixer):
         if not self.residual:
             raise MixerError("A mixer without residual cannot start as an identity: train it from scratch.")
         for branch in self.branches():
-            nn.init.zeros_(branch.gain)
+            if isinstance(branch, ConvMix):
+                nn.init.zeros_(branch.gain)
+            else:
+                branch.start_as_identity()
 
 
 class ScalarMix(Mixer):
     """ELMo's scalar mix (Peters et al. 2018, arXiv:1802.05365): ``gamma * sum(softmax(w)_k * h_k)``.
 
-    There all layers have one shape. Here each tap is averaged over its grid, layer-normalised and projected to the
-    final map's channels; the final map itself is the last of the ``h_k``.
+    There all layers have one shape. Here each tap is pooled over its grid, layer-normalised and projected to the final
+    map's channels; the final map itself is the last of the ``h_k``.
 
     Args:
         in_channels: Position of each tapped stage -> its channels, shallow to deep.
         out_channels: Channels of the final map.
+        pooling: Of the taps: 'avg' or 'avgmax', see ``timm_convmix.mixers.pool``.
         device: Where the parameters are made.
         dtype: Of the parameters.
     """
@@ -267,11 +289,14 @@ class ScalarMix(Mixer):
         in_channels: Mapping[int, int],
         out_channels: int,
         *,
+        pooling: str = "avg",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        self.pooling = pooling
+        self.settings = {"pooling": pooling}
         self.projections = nn.ModuleDict(
             {
                 str(stage): nn.Sequential(nn.LayerNorm(c, **dd), nn.Linear(c, out_channels, bias=False, **dd))
@@ -285,7 +310,7 @@ class ScalarMix(Mixer):
         """Mix; shapes as in ``Mixer.forward``."""
         *shares, own = (self.gamma * self.weights.softmax(0)).unbind()
         pooled = (
-            share * projection(tap.mean((2, 3)))
+            share * projection(pool(tap, self.pooling))
             for share, projection, tap in zip(shares, self.projections.values(), taps, strict=True)
         )
         mix = torch.stack(list(pooled)).sum(0)  # (B, out_channels)
@@ -424,6 +449,7 @@ PEERS: dict[str, Callable[[Any], nn.Module]] = {
     "concat": Concat,
     "dag": DagCnn,
     "scalar": lambda backbone: ConvMixNet(backbone, mixer="scalar"),
+    "scalar_avgmax": lambda backbone: ConvMixNet(backbone, mixer="scalar", mixer_args={"pooling": "avgmax"}),
     "attention": Attention,
     "supervised": Supervised,
 }
@@ -433,46 +459,49 @@ OWN_CLASSIFIERS = {name for name, make in PEERS.items() if isinstance(make, type
 
 CHANGES: dict[str, dict[str, Any]] = {
     "convmix": {},
-    # where it mixes: after global pooling by default; the grid takes averages, so compare it with 'layerscale'
-    "grid": dict(grid=True),
-    # what the gain starts with: 0.1 by default; with one, and pooling by average alone, it is the mixer 'linear'
+    # mixers that were the default before: stages and final map in branches of their own, added to the final map
+    "avgmax": dict(base="avgmax"),
+    "layerscale": dict(base="layerscale"),
     "linear": dict(base="linear"),
-    "gain0": dict(gain=0.0),
-    "gain0.3": dict(gain=0.3),
-    "gain3": dict(gain=3.0),
-    # an activation: none by default; 'linear' with ReLU is the mixer 'dual'
     "dual": dict(base="dual"),
-    "gelu": dict(act="gelu"),
-    # its branches: up to three stages before the deepest, and beside them the final map, by default; the stages alone,
-    # or together with the deepest in one branch, of 'linear' and, with ReLU, of the mixer 'convmix'
+    # their branches: the stages alone, or together with the deepest in one branch, of 'linear' and, with ReLU, of the
+    # mixer 'convmix'
     "single_linear": dict(base="convmix", act="none"),
     "one_branch_linear": dict(base="convmix", act="none", deepest=True),
     "single": dict(base="convmix"),
     "one_branch": dict(base="convmix", deepest=True),
-    # how many stages before the deepest it taps
+    # what everything is multiplied by: the share of a mean by default, or half or twice of it
+    "share0.5": dict(share=0.5),
+    "share2": dict(share=2.0),
+    # where it mixes: after global pooling by default; the grid takes averages
+    "grid": dict(grid=True),
+    # an activation: none by default
+    "gelu": dict(act="gelu"),
+    # how many stages before the deepest it taps: up to three by default
     "stages1": dict(before=1),
     "stages2": dict(before=2),
     "stages_all": dict(before=None),
+    # or the deepest too, or it alone: the control without its width
+    "deepest": dict(deepest=True),
+    "deepest_alone": dict(before=0, deepest=True),
     # how it normalises: layer norm by default
     "norm_none": dict(norm="none"),
     "norm_batch": dict(norm="batch"),
     "norm_l2": dict(norm="l2"),
     "norm_rms": dict(norm="rms"),
     "norm_running": dict(norm="running"),
-    # how it pools: the taps by average and maximum, the final map by average by default; by average alone it is the
-    # mixer 'layerscale'; otherwise everywhere, or of the taps or of the final map alone
-    "layerscale": dict(base="layerscale"),
-    "max": dict(pool="max"),
-    "max_taps": dict(pool="max", pool_final="avg"),
-    "avgmax_final": dict(pool_final="avgmax"),
+    # how it pools the taps: by their maximum by default
+    "pool_avgmax": dict(pool="avgmax"),
+    "pool_avg": dict(pool="avg"),
     "gem": dict(pool="gem"),
     # the rank of the linear layers: the mixer's own by default, or full where that is smaller; divisor is read by
     # `arguments_of`
     "full": dict(divisor=0),
     "rank4": dict(divisor=4),
     "rank8": dict(divisor=8),
-    # added to the final map by default; or multiplied by it before that
-    "no_residual": dict(residual=False),
+    "rank64": dict(rank=64),
+    # added to the final map by default; or instead of it, or multiplied by it before that
+    "no_residual": dict(residual=False, deepest=True),
     "gate": dict(gate=True),
     # regularisation: none by default
     "drop_tap": dict(drop_tap=0.2),
@@ -480,14 +509,27 @@ CHANGES: dict[str, dict[str, Any]] = {
     # weight decay: that of every linear layer by default
     "no_decay": dict(decay=False),
 }
-BRANCHES: dict[str, dict[str, Any]] = {
-    "avgmax": dict(act="none", gain=AvgMaxConvMix.start, pool="avgmax"),
-    "layerscale": dict(act="none", gain=LayerScaleConvMix.start),
-    "linear": dict(act="none"),
-    "dual": {},
-    "convmix": {},
+CHANGES_OF_BRANCHES: dict[str, dict[str, Any]] = {
+    # what the gains start with
+    "gain0": dict(gain=0.0),
+    "gain0.3": dict(gain=0.3),
+    "gain1": dict(gain=1.0),
+    "gain3": dict(gain=3.0),
+    # how everything is pooled, or the taps alone, or the final map alone
+    "max": dict(pool="max"),
+    "max_taps": dict(pool="max", pool_final="avg"),
+    "avgmax_final": dict(pool_final="avgmax"),
 }
-"""What the branch of the taps changes of ConvMix's in each mixer; the control's is of the same form."""
+"""Of former defaults alone, which have gains and a branch of the final map (``layerscale+gain3``)."""
+BRANCHES: dict[str, dict[str, Any]] = {
+    "blend": dict(base="blend"),
+    "avgmax": dict(base="convmix", act="none", gain=AvgMaxConvMix.start, pool="avgmax"),
+    "layerscale": dict(base="convmix", act="none", gain=LayerScaleConvMix.start),
+    "linear": dict(base="convmix", act="none"),
+    "dual": dict(base="convmix"),
+    "convmix": dict(base="convmix"),
+}
+"""The branch of the taps in each mixer, as a variant; the control's is of the same form."""
 CONTROL = "control"
 ALL = (*PEERS, CONTROL, *CHANGES)
 
@@ -500,13 +542,14 @@ def changes_of(scheme: str) -> dict[str, Any]:
     """
     names = scheme.removeprefix(CONTROL).removeprefix("-").split("+")
     changes: dict[str, Any] = {}
+    known = CHANGES | CHANGES_OF_BRANCHES
     for name in names if scheme != CONTROL else ():
-        if name not in CHANGES:
+        if name not in known:
             raise ValueError(
                 f"Unknown scheme {scheme!r}: choose {', '.join((*PEERS, CONTROL))}, changes of ConvMix"
                 f" ({', '.join(CHANGES)}) joined by '+', or {CONTROL}-CHANGES."
             )
-        changes |= CHANGES[name]
+        changes |= known[name]
     return changes
 
 
@@ -545,7 +588,8 @@ def arguments_of(scheme: str, backbone: Any) -> dict[str, Any]:
     if not scheme.startswith(CONTROL):
         return dict(stages=stages, mixer=mixer, mixer_args=settings)
     budget = mixer_parameters(mixer, {stage: info[stage]["num_chs"] for stage in stages}, out, settings)
-    alone, settings = mixer_of(BRANCHES[changes.get("base", DEFAULT_MIXER)] | changes | {"base": "convmix"})
+    branch = BRANCHES[changes.get("base", DEFAULT_MIXER)]
+    alone, settings = mixer_of(branch | changes | {"base": branch["base"]})
     deepest = {len(info) - 1: info[-1]["num_chs"]}
     rank = matching_rank(budget, lambda rank: mixer_parameters(alone, deepest, out, settings | {"rank": rank}))
     return dict(stages=tuple(deepest), mixer=alone, mixer_args=settings | {"rank": rank})

@@ -55,10 +55,10 @@ def trained() -> Iterable[Sequence[Any]]:
 
 
 def draw_mixing() -> None:
-    """The diagram of the module: one branch reads the tapped stages, one the final map; both are added to it."""
+    """The diagram of the module: the maxima of the tapped stages are projected and averaged with the final map."""
     mpl.rcParams["svg.hashsalt"] = "timm-convmix"  # the same file from the same code
-    figure, axes = plt.subplots(figsize=(10, 4.5))
-    axes.set(xlim=(0, 99), ylim=(-2, 39))
+    figure, axes = plt.subplots(figsize=(10, 4.2))
+    axes.set(xlim=(0, 104), ylim=(0, 39))
     axes.axis("off")
 
     def box(x: float, y: float, width: float, text: str, colour: str) -> None:
@@ -73,25 +73,25 @@ def draw_mixing() -> None:
         axes.add_patch(FancyArrowPatch(bends[-1], end, **head))
 
     maps = [("stage 1\n64 x 56 x 56", 13), ("stage 2\n128 x 28 x 28", 28), ("stage 3\n256 x 14 x 14", 43)]
-    maps.append(("final map\n512 x 7 x 7", 60))
     box(1, 30, 8, "image", "#f1f5f9")
-    for (text, x), before in zip(maps, (9, 23, 38, 53), strict=True):
+    for (text, x), before in zip(maps, (9, 23, 38), strict=True):
         box(x, 30, 10, text, "#bfdbfe")
         arrow((before + 0.4, 33.5), (x - 0.4, 33.5))
-        pooled = "mean" if x == 60 else "half mean,\nhalf maximum"  # of the final map, of a stage
-        box(x, 16, 10, f"{pooled}\nof the grid,\nlayer norm", "#fde68a")
+        box(x, 16, 10, "maximum\nover the grid,\nlayer norm", "#fde68a")
         arrow((x + 5, 29.6), (x + 5, 23.4))
         arrow((x + 5, 15.6), (x + 5, 9.4))
-    box(13, 2, 40, "concatenate 64 + 128 + 256 numbers;\nlinear, x gain of the channel", "#fde68a")
-    box(60, 2, 10, "linear,\nx gain", "#fde68a")
+    box(60, 30, 10, "final map\n512 x 7 x 7", "#bfdbfe")
+    arrow((53.4, 33.5), (59.6, 33.5))
+    box(13, 2, 40, "concatenate 64 + 128 + 256 numbers; linear", "#fde68a")
     axes.text(79, 33.5, "+", fontsize=15, ha="center", va="center")
     axes.plot(79, 33.5, "o", markersize=21, markerfacecolor="none", markeredgecolor="#334155")
     arrow((70.4, 33.5), (76.7, 33.5))
-    arrow((81.3, 33.5), (86.6, 33.5))
-    arrow((70.4, 5.5), (79, 5.5), (79, 30.3))
-    arrow((33, 1.6), (33, -1), (79, -1), (79, 5.5), (79, 30.3))
+    arrow((53.4, 5.5), (79, 5.5), (79, 30.3))
     axes.text(80, 18, "the same number\nfor every cell\nof a channel", fontsize=8, va="center")
-    box(87, 30, 11, "timm's head", "#f1f5f9")
+    arrow((81.3, 33.5), (84.6, 33.5))
+    box(85, 30, 5, "x 1/4", "#fde68a")
+    arrow((90.4, 33.5), (92.6, 33.5))
+    box(93, 30, 10, "timm's head", "#f1f5f9")
     figure.savefig(GENERATED / "mixing.svg", bbox_inches="tight", metadata={"Date": None})
     figure.savefig(GENERATED / "mixing.png", bbox_inches="tight", dpi=110)
     plt.close(figure)

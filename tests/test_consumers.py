@@ -36,9 +36,9 @@ def test_segmentation_models_pytorch(decoder, photographs):
         losses[-1].backward()
         optimizer.step()
     assert losses[-1] < losses[0]
-    gains = [p for name, p in model.named_parameters() if name.endswith("mixer.taps.gain")]
-    assert len(gains) == 1
-    assert gains[0].grad.count_nonzero() > 0
+    weights = [p for name, p in model.named_parameters() if name.endswith("mixer.expand.weight")]
+    assert len(weights) == 1
+    assert weights[0].grad.count_nonzero() > 0
 
 
 def test_effdet_reads_the_feature_info():
@@ -102,7 +102,7 @@ def test_lightning(photographs):
             return torch.optim.SGD(self.parameters(), lr=0.01)
 
     classifier = Classifier()
-    before = classifier.model.mixer.taps.gain.detach().clone()
+    before = classifier.model.mixer.expand.weight.detach().clone()
     trainer = lightning.Trainer(
         max_steps=2,
         accelerator="cpu",
@@ -113,7 +113,7 @@ def test_lightning(photographs):
     )
     trainer.fit(classifier, torch.utils.data.DataLoader([*zip(photographs, [0, 1], strict=True)], batch_size=2))
     assert trainer.global_step == 2
-    assert not torch.equal(classifier.model.mixer.taps.gain, before)
+    assert not torch.equal(classifier.model.mixer.expand.weight, before)
 
 
 def test_fastai_vision_learner_keeps_the_mixer(digits):
@@ -123,8 +123,10 @@ def test_fastai_vision_learner_keeps_the_mixer(digits):
         digits, files, [file.parent.name for file in files], bs=8, num_workers=0
     )
     learner = vision.vision_learner(images, "convmix_resnet18", pretrained=False)
-    [(name, gain)] = [(name, p) for name, p in learner.model.named_parameters() if name.endswith("mixer.taps.gain")]
-    before = gain.detach().clone()
+    [(name, weight)] = [
+        (name, p) for name, p in learner.model.named_parameters() if name.endswith("mixer.expand.weight")
+    ]
+    before = weight.detach().clone()
     with learner.no_bar(), learner.no_logging():
         learner.fit(1, lr=1e-3)
-    assert not torch.equal(gain.cpu(), before), name
+    assert not torch.equal(weight.cpu(), before), name

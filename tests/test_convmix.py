@@ -40,7 +40,7 @@ def from_file(path, name=VARIANT, overlay=(), **kwargs):
 def trained(name=VARIANT, **kwargs):
     """A ConvMix model that is neither at its initialisation nor at the identity."""
     model = timm.create_model(name, **kwargs)
-    torch.nn.init.normal_(model.mixer.taps.gain)
+    torch.nn.init.normal_(model.mixer.expand.weight)
     return model.eval()
 
 
@@ -130,7 +130,7 @@ def test_a_tag_is_an_exact_warm_start_from_the_hub(tmp_path, hub_cache, save_pla
         x = images()
         assert torch.equal(logits(model, x), logits(plain, x))
         assert model.pretrained_cfg["tag"] == "r160_in1k"
-        assert model.mixer.taps.gain.count_nonzero() == model.mixer.final.gain.count_nonzero() == 0
+        assert model.mixer.expand.weight.count_nonzero() == 0
     model = timm.create_model(VARIANT, pretrained=True, num_classes=5, in_chans=1, cache_dir=tmp_path / "cache")
     assert logits(model, images(channels=1)).shape == (2, 5)
     assert torch.equal(model.backbone.layer4[0].conv1.weight, plain.layer4[0].conv1.weight)
@@ -246,7 +246,7 @@ def test_a_convmix_file_fits_another_window(tmp_path):
     save_file(source.state_dict(), tmp_path / "model.safetensors")
     model = from_file(tmp_path / "model.safetensors", name, img_size=96, window_size=3, **sizes)
     assert model(images(96)).shape == (2, 3)
-    assert torch.equal(model.mixer.taps.expand.weight, source.mixer.taps.expand.weight)
+    assert torch.equal(model.mixer.expand.weight, source.mixer.expand.weight)
 
 
 def test_families_keep_their_filters_where_we_look():
@@ -256,11 +256,11 @@ def test_families_keep_their_filters_where_we_look():
     assert not lost, f"timm no longer keeps checkpoint_filter_fn beside {lost}: foreign checkpoints would be refused"
 
 
-@pytest.mark.parametrize("mixer", ["avgmax", "none"])
+@pytest.mark.parametrize("mixer", ["blend", "none"])
 def test_local_dir_round_trip(tmp_path, mixer):
     source = timm.create_model(VARIANT, num_classes=6, mixer=mixer, stages=(-2, 0), drop_rate=0.1)
-    if mixer == "avgmax":
-        torch.nn.init.normal_(source.mixer.taps.gain)
+    if mixer == "blend":
+        torch.nn.init.normal_(source.mixer.expand.weight)
     save_for_hf(source, tmp_path, safe_serialization=True)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architecture"] == VARIANT
@@ -286,7 +286,7 @@ def test_a_changed_pooling_is_saved(tmp_path, arch):
 def test_what_is_saved_is_resolved(tmp_path):
     save_for_hf(timm.create_model(VARIANT), tmp_path, safe_serialization=True)
     arguments = json.loads((tmp_path / "config.json").read_text())["model_args"]
-    assert (arguments["mixer"], arguments["mixer_args"], arguments["stages"]) == ("avgmax", {"rank": 64}, [1, 2, 3])
+    assert (arguments["mixer"], arguments["mixer_args"], arguments["stages"]) == ("blend", {"rank": 0}, [1, 2, 3])
 
 
 def test_a_user_wrapped_model_is_saved_under_the_variants_name(tmp_path):
@@ -334,9 +334,7 @@ def test_another_architecture_is_refused(tmp_path, other, num_classes):
 
 def test_another_mixer_or_other_stages_are_refused(tmp_path):
     save_file(trained().state_dict(), tmp_path / "model.safetensors")
-    with pytest.raises(
-        WeightsError, match=r"2 missing \(mixer\.taps\.norms\.0\.bias.*2 unexpected \(mixer\.taps\.norms\.1\.bias"
-    ):
+    with pytest.raises(WeightsError, match=r"2 missing \(mixer\.norms\.0\.bias.*2 unexpected \(mixer\.norms\.1\.bias"):
         from_file(tmp_path / "model.safetensors", stages=(0, 2, 3))  # stage 0 is as wide as stage 1
     with pytest.raises(WeightsError, match=r"unexpected \(mixer\."):
         from_file(tmp_path / "model.safetensors", mixer="none")

@@ -15,7 +15,7 @@ NAMES = ["test_resnet", "test_convnext", "test_mambaout", "test_efficientnet"]  
 @pytest.fixture(params=NAMES)
 def model(request):
     model = timm.create_model(f"convmix_{request.param}", num_classes=10).eval()
-    torch.nn.init.normal_(model.mixer.taps.gain)
+    torch.nn.init.normal_(model.mixer.expand.weight)
     return model
 
 

@@ -203,7 +203,7 @@ def test_every_scheme_learns_and_answers_for_one_image(scheme):
 
 
 @pytest.mark.parametrize(
-    "scheme", ["convmix", "grid+norm_batch", "norm_running+gem", "norm_l2+avgmax_final", *schemes.PEERS]
+    "scheme", ["convmix", "grid+norm_batch", "norm_running+gem", "avgmax+norm_l2+avgmax_final", *schemes.PEERS]
 )
 def test_schemes_learn_in_half_precision(scheme):
     model = schemes.build("test_resnet", scheme, num_classes=7, seed=0).train()
@@ -256,9 +256,9 @@ def test_a_variant_by_default_is_its_mixer(name):
 def test_the_control_has_as_many_parameters(arch):
     with torch.device("meta"):
         backbone = timm.create_model(arch, num_classes=100)
-        for scheme in ("convmix", "grid+full", "gelu", "single", "single+grid", "dual", "linear"):
-            control = "control" if scheme == "convmix" else f"control-{scheme}"
-            models = [ConvMixNet(backbone, **schemes.arguments_of(name, backbone)) for name in (scheme, control)]
+        for scheme in ("avgmax", "avgmax+gelu", "single", "single+grid", "dual", "linear"):
+            names = (scheme, f"control-{scheme}")
+            models = [ConvMixNet(backbone, **schemes.arguments_of(name, backbone)) for name in names]
             counts = [sum(p.numel() for p in model.mixer.parameters()) for model in models]
             assert counts[1] == pytest.approx(counts[0], rel=0.05)
             assert models[1].stages == (len(backbone.feature_info) - 1,)
@@ -267,7 +267,7 @@ def test_the_control_has_as_many_parameters(arch):
 @pytest.mark.parametrize(
     ("scheme", "act", "gain", "maximum"),
     [
-        ("control", "Identity", 0.1, 0.5),
+        ("control-avgmax", "Identity", 0.1, 0.5),
         ("control-layerscale", "Identity", 0.1, 0),
         ("control-linear", "Identity", 1, 0),
         ("control-dual", "ReLU", 1, 0),
@@ -312,6 +312,9 @@ def test_names_of_schemes():
     assert schemes.stages_of(5, before=None) == (0, 1, 2, 3)
     assert schemes.stages_of(3, before=1) == (1,)
     assert {"variant", "scalar"} <= MIXERS.keys()
+    for base, setting in (("blend", "gain"), ("avgmax", "share")):
+        with pytest.raises(MixerError, match=f"a variant of '{base}' has no {setting}"):
+            create_mixer("variant", {0: 4}, 8, base=base, **{setting: 0.5})
     with pytest.raises(MixerError, match="norm='bath' of a variant is none of batch, l2, layer"):
         create_mixer("variant", {0: 4}, 8, norm="bath")
 
@@ -328,7 +331,8 @@ def test_a_variant_without_residual_is_the_mix_alone(base):
     mixer, alone = (create_mixer("variant", {0: 4}, 8, base=base, residual=residual) for residual in (True, False))
     alone.load_state_dict(mixer.state_dict())
     taps, final = [torch.randn(2, 4, 6, 6)], torch.randn(2, 8, 3, 3)
-    assert torch.allclose(alone(taps, final), mixer(taps, final) - final, atol=1e-6)
+    share = 1 / 2 if base == "blend" else 1
+    assert torch.allclose(alone(taps, final), mixer(taps, final) - share * final, atol=1e-6)
     with pytest.raises(MixerError, match="without residual cannot start as an identity"):
         alone.start_as_identity()
 
@@ -338,8 +342,9 @@ def test_a_gate_multiplies_the_final_map(base):
     mixer, added = (create_mixer("variant", {0: 4}, 8, base=base, gate=gate) for gate in (True, False))
     taps, final = [torch.randn(2, 4, 6, 6)], torch.randn(2, 8, 3, 3)
     added.load_state_dict(mixer.state_dict())
-    mix = added(taps, final) - final
-    assert torch.allclose(mixer(taps, final), final * (1 + mix), atol=1e-5)
+    share = 1 / 2 if base == "blend" else 1
+    mix = added(taps, final) / share - final
+    assert torch.allclose(mixer(taps, final), share * final * (1 + mix), atol=1e-5)
     mixer.start_as_identity()
     assert torch.equal(mixer(taps, final), final)
 
@@ -389,7 +394,9 @@ def test_channels_are_dropped_while_training_only():
     assert set(mixer.eval()(taps, final).flatten().tolist()) == {4.0}
 
 
-@pytest.mark.parametrize(("scheme", "decayed"), [("gelu", 4), ("no_decay", 0), ("single+no_decay", 0), ("convmix", 4)])
+@pytest.mark.parametrize(
+    ("scheme", "decayed"), [("gelu", 1), ("no_decay", 0), ("single+no_decay", 0), ("convmix", 1), ("avgmax", 4)]
+)
 def test_what_no_decay_exempts(scheme, decayed):
     model = schemes.build("tiny_cifar", scheme, num_classes=10, seed=0)
     of_mixer = {id(parameter) for parameter in model.mixer.parameters()}

@@ -26,7 +26,7 @@ PHOTOGRAPHS = [Path(name) for name in load_sample_images().filenames]
 
 def build(arch="test_resnet", **kwargs):
     model = timm.create_model(f"convmix_{arch}", **dict(num_classes=10) | kwargs).eval()
-    torch.nn.init.normal_(model.mixer.taps.gain)
+    torch.nn.init.normal_(model.mixer.expand.weight)
     return model
 
 
@@ -91,7 +91,7 @@ def test_a_file_knows_what_it_is(packed, to, tmp_path, capsys, monkeypatch):
     run, facts = read(file)
     assert facts["labels"] == [str(digit) for digit in range(10)]
     assert facts["weights"] == dict(source=str(folder), sha256=packed.record.sha256)
-    assert facts["model"].items() >= dict(architecture=NAME.partition(".")[0], tag=None, mixer="avgmax").items()
+    assert facts["model"].items() >= dict(architecture=NAME.partition(".")[0], tag=None, mixer="blend").items()
     assert facts["versions"]["timm"] == timm.__version__
     transform = create_transform(**facts["preprocessing"])
     with Image.open(PHOTOGRAPHS[0]) as image:

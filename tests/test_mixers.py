@@ -7,6 +7,7 @@ from timm_convmix.mixers import (
     DEFAULT_MIXER,
     MIXERS,
     AvgMaxConvMix,
+    BlendConvMix,
     ConvMix,
     DualConvMix,
     LayerScaleConvMix,
@@ -17,7 +18,7 @@ from timm_convmix.mixers import (
 )
 
 CHANNELS, OUT = {1: 8, 2: 16, 4: 24}, 40
-LEARNED = ["avgmax", "layerscale", "linear", "dual", "convmix"]
+LEARNED = ["blend", "avgmax", "layerscale", "linear", "dual", "convmix"]
 
 
 def maps(batch=2, dtype=torch.float32):
@@ -80,6 +81,47 @@ def test_avgmax_pools_the_taps_by_average_and_maximum():
     halved = [(tap.mean((2, 3), keepdim=True) + tap.flatten(2).max(2).values[:, :, None, None]) / 2 for tap in taps]
     torch.testing.assert_close(mixer(taps, final), average(halved, final))
     assert not torch.allclose(mixer(taps, final), average(taps, final))
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_blend_is_the_mean_of_projected_stages(rank):
+    mixer = BlendConvMix(CHANNELS, OUT, rank=rank)
+    for norm in mixer.norms.values():
+        torch.nn.init.normal_(norm.weight)
+        torch.nn.init.normal_(norm.bias)
+    taps, final = maps()
+    matrix = mixer.expand.weight @ mixer.reduce.weight if rank else mixer.expand.weight
+    parts = [final]
+    for tap, norm, columns in zip(taps, mixer.norms.values(), matrix.split([*CHANNELS.values()], 1), strict=True):
+        pooled = tap.flatten(2).max(2).values
+        parts.append((norm(pooled) @ columns.T)[:, :, None, None].expand_as(final))
+    torch.testing.assert_close(mixer(taps, final), torch.stack(parts).mean(0))
+    assert mixer.state_dict()["share"] == 1 / 4
+
+
+def test_every_stage_of_a_blend_starts_with_the_same_weight():
+    taps = {0: 32, 1: 128, 2: 512}
+    for rank in (0, 64):
+        mixer = BlendConvMix(taps, 400, rank=rank)
+        first = mixer.reduce if rank else mixer.expand
+        for channels, columns in zip(taps.values(), first.weight.split([*taps.values()], 1), strict=True):
+            assert columns.std().item() == pytest.approx(
+                (3 * channels) ** -0.5, rel=0.05
+            )  # as nn.Linear(channels, ...)
+
+
+def test_the_rank_of_a_blend_follows_from_its_parameters():
+    assert BlendConvMix({1: 64, 2: 128, 3: 256}, 512).settings == {"rank": 0}  # 229,376 in the full matrix
+    wide = BlendConvMix({1: 256, 2: 512, 3: 1024}, 2048)
+    assert wide.settings == {"rank": 64}
+
+
+def test_a_plain_final_map_can_be_scaled():
+    taps, final = maps()
+    assert create_mixer("none", CHANNELS, OUT)(taps, final) is final
+    scaled = create_mixer("none", CHANNELS, OUT, share=0.25)
+    assert torch.equal(scaled(taps, final), final / 4)
+    assert scaled.settings == {"share": 0.25}
 
 
 def test_dual_is_two_mixes_added():
@@ -147,6 +189,20 @@ def test_the_gradient_of_average_pooling_is_no_map(dtype):
     assert (gradient.stride()[2:] == (0, 0)) == (dtype != torch.float16)
 
 
+@pytest.mark.parametrize("pooling", ["max", "avgmax"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_maximum_is_the_same_while_training(pooling, dtype):
+    tap = torch.randn(2, 3, 9, 7).to(dtype)
+    pooled = pool(tap.clone().requires_grad_(), pooling)
+    assert pooled.dtype == dtype
+    torch.testing.assert_close(pooled, pool(tap, pooling), rtol=1e-2, atol=1e-3)
+    if pooling == "max":
+        where = tap.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(pool(where, "max").sum(), where)
+        highest = F.one_hot(tap.flatten(2).argmax(2), 63).view_as(tap)  # the first, where some are equal
+        assert torch.equal(gradient, highest.to(dtype))
+
+
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_single_image_trains(name):
     taps, final = maps(batch=1)
@@ -175,7 +231,7 @@ def test_settings_rebuild_the_mixer(name):
 def test_wrong_names_and_settings_are_refused():
     with pytest.raises(
         MixerError,
-        match=r"Unknown mixer 'fpn'; choose one of 'avgmax', 'layerscale', 'linear', 'dual', 'convmix', 'none'",
+        match=r"Unknown mixer 'fpn'; choose one of 'blend', 'avgmax', 'layerscale', .*'convmix', 'none'",
     ):
         create_mixer("fpn", CHANNELS, OUT)
     with pytest.raises(MixerError, match=r"mixer 'convmix' does not take these settings: .*'width'"):

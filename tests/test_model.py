@@ -29,7 +29,7 @@ def test_wrapping_ones_own_model():
     assert model.pretrained_cfg["architecture"] == "convmix_test_convnext"
     assert resolve_model_data_config(model) == resolve_model_data_config(backbone)
     assert not ConvMixNet(backbone.eval()).mixer.training
-    assert ConvMixNet(backbone.double()).mixer.taps.gain.dtype == torch.float64
+    assert ConvMixNet(backbone.double()).mixer.expand.weight.dtype == torch.float64
 
 
 def test_wrapping_what_is_no_timm_model():
@@ -62,7 +62,7 @@ def test_the_head_stays_last_among_the_parameters():
 
 def test_forward_intermediates():
     model = timm.create_model(VARIANT).eval()
-    torch.nn.init.normal_(model.mixer.taps.gain)
+    torch.nn.init.normal_(model.mixer.expand.weight)
     x = images()
     mixed = model.forward_features(x)
     final, stages = model.forward_intermediates(x)
@@ -126,13 +126,13 @@ def test_frozen_backbone():
 
 def test_optimizers_see_the_mixer():
     model = timm.create_model(VARIANT)
-    gain = model.mixer.taps.gain
+    weight = model.mixer.norms["3"].weight
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1)
-    (group,) = [g for g in optimizer.param_groups if any(p is gain for p in g["params"])]
+    (group,) = [g for g in optimizer.param_groups if any(p is weight for p in g["params"])]
     assert group["weight_decay"] == 0
     groups = param_groups_layer_decay(model, layer_decay=0.5, no_weight_decay_list=model.no_weight_decay())
     scales = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
-    assert scales[id(gain)] == scales[id(model.get_classifier().weight)] == 1
+    assert scales[id(weight)] == scales[id(model.get_classifier().weight)] == 1
     assert scales[id(model.backbone.conv1[0].weight)] < 0.1
 
 
@@ -149,11 +149,7 @@ def test_set_input_size():
     assert model(torch.randn(1, 3, 64, 96)).shape == (1, 2)
     assert get_model_input_config(model)["input_size"] == (3, 64, 96)
     arguments = get_model_args(model)
-    assert (arguments["img_size"], arguments["window_size"], arguments["mixer"]) == (
-        (64, 96),
-        ((4, 4),) * 4,
-        "avgmax",
-    )
+    assert (arguments["img_size"], arguments["window_size"], arguments["mixer"]) == ((64, 96), ((4, 4),) * 4, "blend")
     again = timm.create_model("convmix_swin_tiny_patch4_window7_224", **arguments)
     again.load_state_dict(model.state_dict())
     with pytest.raises(InputError, match=r"test_resnet takes any input size"):
@@ -166,7 +162,7 @@ def test_copies(name):
     x = images()
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
         assert torch.equal(twin(x), model(x))
-        assert twin.mixer.taps.gain is not model.mixer.taps.gain
+        assert twin.mixer.expand.weight is not model.mixer.expand.weight
 
 
 def test_device_and_dtype():
@@ -177,7 +173,7 @@ def test_device_and_dtype():
 @pytest.mark.parametrize("name", [VARIANT, "convmix_test_mambaout", "convmix_test_convnext"])
 def test_memory_formats_and_autocast(name):
     model = timm.create_model(name).eval()
-    torch.nn.init.normal_(model.mixer.taps.gain)
+    torch.nn.init.normal_(model.mixer.expand.weight)
     x = images()
     with torch.no_grad():
         wanted = model(x)

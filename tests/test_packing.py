@@ -205,7 +205,7 @@ def test_a_run_is_packed(run, packer):
 
 def run_args(model):
     return json.loads(
-        json.dumps(dict(in_chans=3, global_pool="avg", mixer="avgmax", mixer_args=model.mixer.settings, stages=[0, 2]))
+        json.dumps(dict(in_chans=3, global_pool="avg", mixer="blend", mixer_args=model.mixer.settings, stages=[0, 2]))
     )
 
 
@@ -382,7 +382,7 @@ MEMORY = {  # the same numbers elsewhere, as trainings leave them
     "transposed": each(lambda t: t.t().contiguous().t(), 2),
     "in one storage": in_one_storage,
     "expanded": lambda tensors: tensors | {"backbone.fc.bias": torch.ones(()).expand(10)},
-    "tied": lambda tensors: tensors | {"mixer.taps.expand.bias": tensors["mixer.taps.gain"]},
+    "tied": lambda tensors: tensors | {"mixer.norms.0.bias": tensors["mixer.norms.0.weight"]},
     "parameters": each(torch.nn.Parameter),
     "bfloat16": each(torch.Tensor.bfloat16),
 }
@@ -403,9 +403,9 @@ def test_tensors_may_lie_in_any_memory(run, packer, kind):
 @pytest.mark.parametrize(("value", "dtype"), [(float("nan"), "float32"), (float("inf"), "bfloat16"), (1e5, "float16")])
 def test_what_a_type_cannot_hold_is_refused(run, packer, value, dtype):
     saved = read_checkpoint(run.folder)
-    tensors = saved.tensors | {"mixer.taps.gain": torch.full_like(saved.tensors["mixer.taps.gain"], value)}
+    tensors = saved.tensors | {"mixer.expand.weight": torch.full_like(saved.tensors["mixer.expand.weight"], value)}
     saved = dataclasses.replace(saved, tensors=tensors)
-    refused(packer, rf"^mixer\.taps\.gain has values that are not finite in {dtype}\.$", saved, dtype=dtype)
+    refused(packer, rf"^mixer\.expand\.weight has values that are not finite in {dtype}\.$", saved, dtype=dtype)
 
 
 def test_a_checkpoint_of_ddp_and_of_the_compiler_is_read(run, tmp_path):
@@ -494,7 +494,7 @@ def test_a_pickle_that_runs_code_is_refused(run, tmp_path, where):
     elif where == "args":
         torch.save(saved | {"args": argparse.Namespace(**vars(saved["args"]), more=Malice(marker))}, path)
     else:
-        torch.save(saved | {"state_dict": {"mixer.taps.gain": Malice(marker)}}, path)
+        torch.save(saved | {"state_dict": {"mixer.expand.weight": Malice(marker)}}, path)
     with pytest.raises(PackingError, match=r"last\.pth\.tar cannot be read as a checkpoint \(") as error:
         read_checkpoint(tmp_path)
     assert "\n" not in str(error.value)

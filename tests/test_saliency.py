@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from timm_convmix import ConvMixNet, FeatureError, InputError, StageError, WeightsError
 from timm_convmix.inspection import Classifier, baseline_of, cam, describe, weigh_taps
-from timm_convmix.mixers import MIXERS, Mixer
+from timm_convmix.mixers import MIXERS, Mixer, NoMixer
 from timm_convmix.prediction import default_model
 from timm_convmix.saliency import grad_cam, tap_contributions, total_gradient
 
@@ -256,14 +256,13 @@ def test_a_tap_counts_what_its_zeros_take(arch, images):
         assert torch.equal(logit, logits.amax(1))
         assert drops.shape == (2, len(taps))
         for dropped in range(len(taps)):
-            norms, mixer = list(model.mixer.taps.norms.values()), model.mixer.taps
+            mixer = model.mixer
             vectors = [  # by the words of the docstring: the norm's bias
-                norm.bias.expand(2, -1) if at == dropped else norm((tap.mean((2, 3)) + tap.amax((2, 3))) / 2)
-                for at, (norm, tap) in enumerate(zip(norms, taps, strict=True))
+                norm.bias.expand(2, -1) if at == dropped else norm(tap.amax((2, 3)))
+                for at, (norm, tap) in enumerate(zip(mixer.norms.values(), taps, strict=True))
             ]
-            mix = mixer.gain * mixer.expand(mixer.reduce(torch.cat(vectors, dim=1)))
-            mix = mix + model.mixer.final.mix([final.permute(0, 3, 1, 2) if arch == "test_mambaout" else final])
-            mixed = final + (mix[:, None, None] if arch == "test_mambaout" else mix[:, :, None, None])
+            mix = mixer.expand(mixer.reduce(torch.cat(vectors, dim=1)))
+            mixed = mixer.share * (final + (mix[:, None, None] if arch == "test_mambaout" else mix[:, :, None, None]))
             without = model.backbone.forward_head(mixed).gather(1, classes[:, None])[:, 0]
             torch.testing.assert_close(drops[:, dropped], logit - without, atol=1e-4, rtol=1e-4)
     assert drops.abs().min() > 1e-3
@@ -350,6 +349,7 @@ def test_a_model_of_one_channel_is_shown_in_colours():
 def test_the_same_weights_with_the_mixer_off(pair):
     model, plain = pair
     plain.backbone.load_state_dict(model.backbone.state_dict())
+    plain.mixer = NoMixer(share=model.mixer.share.item())  # the final map keeps its share of the mean
     off, other = (next(iter(cam(PHOTOGRAPHS[0], model=model, compare=each)))[1][1] for each in ("off", plain))
     assert (off.model, off.mixes) == ("ConvMixNet, mixer off (ablation)", False)
     assert off.probability == other.probability
@@ -438,11 +438,8 @@ def test_a_description_is_what_the_model_does(arch, size):
     assert whole["params"] == sum(p.numel() for p in model.parameters())
     mixer, width = model.mixer, sum(maps[stage].shape[1] for stage in model.stages)
     assert stages[-1]["params"] == sum(p.numel() for p in mixer.parameters())
-    linear = 0
-    for branch, channels in ((mixer.taps, width), (mixer.final, model.num_features)):
-        rank = branch.settings["rank"]
-        linear += rank * (channels + model.num_features) if rank else channels * model.num_features
-    assert stages[-1]["macs"] == linear  # of one vector an image; norms and gains are no matrix products
+    assert mixer.settings["rank"] == 0
+    assert stages[-1]["macs"] == width * model.num_features  # of one vector an image; norms are no matrix products
     for key in ("params", "macs"):
         assert stages[-1][f"{key}_share"] == pytest.approx(stages[-1][key] / whole[key])
         assert whole[f"{key}_share"] == 1

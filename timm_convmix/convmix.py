@@ -188,7 +188,7 @@ def create_variant(
         pretrained: Load weights. Those of the plain backbone start the model as exactly that backbone; those of a
             ``ConvMixNet`` are loaded strictly. A file, a folder or a repository may hold either.
         stages: See ``ConvMixNet``.
-        mixer: See ``ConvMixNet``; None is what the weights were trained with, 'convmix' without such weights.
+        mixer: See ``ConvMixNet``; None is what the weights were trained with, the default without such weights.
         mixer_args: See ``ConvMixNet``.
         pretrained_cfg: A tag, or a cfg.
         pretrained_cfg_overlay: Values that replace the cfg's; ``file`` names a file of the user's own.

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from timm_convmix.convmix import manifest
 from timm_convmix.errors import InputError
+from timm_convmix.mixers import BlendConvMix
 from timm_convmix.model import ConvMixNet
 from timm_convmix.prediction import (
     MODES,
@@ -70,7 +71,8 @@ class Classifier:
 
     def without_mixer(self) -> "Classifier":
         """The same weights without what the mixer adds."""
-        net = ConvMixNet(self.net.backbone, stages=self.net.stages, mixer="none")
+        share = {"share": float(self.net.mixer.share)} if isinstance(self.net.mixer, BlendConvMix) else {}
+        net = ConvMixNet(self.net.backbone, stages=self.net.stages, mixer="none", mixer_args=share)
         return dataclasses.replace(self, name=f"{self.name}, mixer off (ablation)", net=net)
 
     def find_class(self, wanted: str | int) -> int:
