@@ -1,8 +1,8 @@
 """The ways to use a backbone's stages that are compared: ConvMix, its variants, its control, and its peers.
 
 A scheme's name is one of ``PEERS``, or ``convmix``, or changes to it from ``CHANGES``, joined by '+' (``grid+full``);
-``control`` and ``control-CHANGES`` are one branch on the deepest stage alone, of as many parameters. ``ALL`` lists
-what ``python -m benchmarks.accuracy --schemes all`` runs.
+``control`` and ``control-CHANGES`` are the mixer, or a branch of it, on the deepest stage alone, of as many parameters.
+``ALL`` lists what ``python -m benchmarks.accuracy --schemes all`` runs.
 
 Importing this module adds ``variant`` and ``scalar`` to ``timm_convmix.MIXERS``; the package itself
 has released mixers only.
