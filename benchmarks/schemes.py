@@ -24,6 +24,7 @@ from timm_convmix.mixers import (
     BlendConvMix,
     ConvMix,
     LayerScaleConvMix,
+    PooledMixer,
     create_mixer,
     pool,
 )
@@ -191,7 +192,7 @@ class Variant(Mixer):
         ):
             if chosen not in known:
                 raise MixerError(f"{what}={chosen!r} of a variant is none of {', '.join(sorted(known))}.")
-        if (gain if base == "blend" else share) not in (None, 1):
+        if gain is not None if base == "blend" else share != 1:
             raise MixerError(f"a variant of {base!r} has no {'gain' if base == 'blend' else 'share'}.")
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.like = create_mixer(base, in_channels, out_channels, **({} if rank is None else {"rank": rank}), **dd)
@@ -224,9 +225,9 @@ class Variant(Mixer):
         self.grid, self.residual, self.gate = grid, residual, gate
         self.drop_tap, self.dropout = drop_tap, nn.Dropout(dropout)
 
-    def branches(self) -> list[ConvMix | BlendConvMix]:
+    def branches(self) -> list[PooledMixer]:
         """Those of the mixer, each with norms, linear layers and an activation."""
-        return [module for module in self.like.modules() if isinstance(module, ConvMix | BlendConvMix)]
+        return [module for module in self.like.modules() if isinstance(module, PooledMixer)]
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Mix; shapes as in ``Mixer.forward``."""
@@ -237,7 +238,7 @@ class Variant(Mixer):
         mixed = final + mix if self.residual else mix.expand_as(final)
         return self.like.share.to(mixed.dtype) * mixed if isinstance(self.like, BlendConvMix) else mixed
 
-    def mix(self, branch: ConvMix | BlendConvMix, maps: Mapping[int, Tensor]) -> Tensor:
+    def mix(self, branch: PooledMixer, maps: Mapping[int, Tensor]) -> Tensor:
         """What a branch makes of its maps: (B, H, W, out_channels), or (B, 1, 1, out_channels)."""
         grid = maps[FINAL].shape[2], maps[FINAL].shape[3]
         vectors = []

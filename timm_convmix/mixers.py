@@ -141,7 +141,47 @@ class NoMixer(Mixer):
         """Nothing to set."""
 
 
-class ConvMix(Mixer):
+class PooledMixer(Mixer):
+    """Globally pooled and normalised taps through one linear layer: what ConvMix and BlendConvMix have in common.
+
+    Args:
+        in_channels: Position of each tapped stage -> its channels, shallow to deep.
+        out_channels: Channels of the final map.
+        rank: Of the linear layer; 0 is the full matrix.
+        bias: Whether the linear layer has one.
+        pooling: See ``pool``.
+        device: Where the parameters are made.
+        dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_channels: Mapping[int, int],
+        out_channels: int,
+        *,
+        rank: int,
+        bias: bool,
+        pooling: str,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.settings = {"rank": rank}
+        self.pooling = pooling
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
+        width = sum(in_channels.values())
+        self.norms = nn.ModuleDict({str(stage): nn.LayerNorm(c, **dd) for stage, c in in_channels.items()})
+        self.reduce = nn.Linear(width, rank, bias=False, **dd) if rank else nn.Identity()
+        self.expand = nn.Linear(rank or width, out_channels, bias=bias, **dd)
+        self.act: nn.Module = nn.Identity()
+
+    def project(self, taps: Sequence[Tensor]) -> Tensor:
+        """What the layers make of the taps: (B, out_channels)."""
+        vectors = [norm(pool(tap, self.pooling)) for norm, tap in zip(self.norms.values(), taps, strict=True)]
+        return self.act(self.expand(self.reduce(torch.cat(vectors, dim=1))))
+
+
+class ConvMix(PooledMixer):
     """A learned combination of globally pooled stages, added to the final map.
 
     ``final + gain * relu(linear(concat(layer_norm(mean(tap)) for tap in taps)))``, broadcast over the grid: a 1x1
@@ -173,18 +213,12 @@ class ConvMix(Mixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        width = sum(in_channels.values())
         if rank is None:
-            rank = rank_that_pays(max(RANK, out_channels // 8), width, out_channels)
+            rank = rank_that_pays(max(RANK, out_channels // 8), sum(in_channels.values()), out_channels)
         check_rank(rank, "convmix")
-        self.settings = {"rank": rank}
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        self.norms = nn.ModuleDict({str(stage): nn.LayerNorm(c, **dd) for stage, c in in_channels.items()})
-        self.reduce = nn.Linear(width, rank, bias=False, **dd) if rank else nn.Identity()
-        self.expand = nn.Linear(rank or width, out_channels, **dd)
-        self.pooling = "avg"
-        self.act: nn.Module = nn.ReLU()
+        super().__init__(in_channels, out_channels, rank=rank, bias=True, pooling="avg", **dd)
+        self.act = nn.ReLU()
         self.gain = nn.Parameter(torch.ones(out_channels, **dd))
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
@@ -193,8 +227,7 @@ class ConvMix(Mixer):
 
     def mix(self, taps: Sequence[Tensor]) -> Tensor:
         """What is added to every cell: (B, out_channels)."""
-        vectors = [norm(pool(tap, self.pooling)) for norm, tap in zip(self.norms.values(), taps, strict=True)]
-        return self.gain * self.act(self.expand(self.reduce(torch.cat(vectors, dim=1))))
+        return self.gain * self.project(taps)
 
     @torch.no_grad()
     def start_as_identity(self) -> None:
@@ -317,7 +350,7 @@ class AvgMaxConvMix(LayerScaleConvMix):
     pooling = "avgmax"
 
 
-class BlendConvMix(Mixer):
+class BlendConvMix(PooledMixer):
     """The mean of the final map and of the maxima of the tapped stages, each projected to its channels; the default.
 
     ``share * (final + linear(concat(layer_norm(max(tap)) for tap in taps)))``, broadcast over the grid, with
@@ -349,18 +382,11 @@ class BlendConvMix(Mixer):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        width = sum(in_channels.values())
         if rank is None:
-            rank = 0 if width * out_channels <= LARGEST_MATRIX else RANK
+            rank = 0 if sum(in_channels.values()) * out_channels <= LARGEST_MATRIX else RANK
         check_rank(rank, "blend")
-        self.settings = {"rank": rank}
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
-        self.norms = nn.ModuleDict({str(stage): nn.LayerNorm(c, **dd) for stage, c in in_channels.items()})
-        self.reduce = nn.Linear(width, rank, bias=False, **dd) if rank else nn.Identity()
-        self.expand = nn.Linear(rank or width, out_channels, bias=False, **dd)
-        self.pooling = "max"
-        self.act: nn.Module = nn.Identity()
+        super().__init__(in_channels, out_channels, rank=rank, bias=False, pooling="max", **dd)
         first = self.reduce if isinstance(self.reduce, nn.Linear) else self.expand
         for columns in torch.split(first.weight.detach(), [*in_channels.values()], dim=1):
             nn.init.kaiming_uniform_(columns, a=math.sqrt(5))  # nn.Linear's own, of this tap alone
@@ -368,10 +394,8 @@ class BlendConvMix(Mixer):
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Average the projected taps and every cell of the final map; shapes as in ``Mixer.forward``."""
-        vectors = [norm(pool(tap, self.pooling)) for norm, tap in zip(self.norms.values(), taps, strict=True)]
-        mix = self.act(self.expand(self.reduce(torch.cat(vectors, dim=1))))  # (B, out_channels)
         share = self.share.to(final.dtype)
-        return share * final + (share * mix.to(final.dtype))[:, :, None, None]
+        return share * final + (share * self.project(taps).to(final.dtype))[:, :, None, None]
 
     @torch.no_grad()
     def start_as_identity(self) -> None:
