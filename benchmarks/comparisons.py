@@ -367,19 +367,17 @@ def at_best_rates(conditions: Sequence[Condition]) -> list[Condition]:
     return found
 
 
-def rows_at_best_rates(rows: Iterable[Row], best: Iterable[Condition]) -> list[Row]:
-    """Rows of nets that were trained at the rate that was best for their scheme.
+def rows_at_best_rates(rows: Sequence[Row], best: Iterable[Condition]) -> list[Row]:
+    """Rows whose rate is ``BEST`` where the net was trained at the one that was best for its scheme, these first.
 
     Args:
         rows: Of anything that was measured on saved nets.
         best: What ``at_best_rates`` gave.
-
-    Returns:
-        These rows, their rate ``BEST``.
     """
     rates = {(c.settings, scheme): runs[min(runs)].lr for c in best for scheme, runs in c.runs.items()}
     found = ((row, replace(row, lr=BEST)) for row in rows)
-    return [same for row, same in found if rates.get((shared_settings(same), row.scheme)) == row.lr]
+    named = [same if rates.get((shared_settings(same), row.scheme)) == row.lr else row for row, same in found]
+    return sorted(named, key=lambda row: row.lr != BEST)
 
 
 def proofs(conditions: Sequence[Condition]) -> list[Condition]:

@@ -488,8 +488,8 @@ def questions(
     """
     proof = proofs(conditions)
     best = at_best_rates(conditions)
-    corrupted = [*rows_at_best_rates(corrupted, best), *corrupted]
-    boxes = [*rows_at_best_rates(boxes, best), *boxes]
+    corrupted = rows_at_best_rates(corrupted, best)
+    boxes = rows_at_best_rates(boxes, best)
     scratch = [condition for condition in proof if not condition.settings.init]
     started = [condition for condition in proof if condition.settings.init]
     tunings = tunings_of(conditions)

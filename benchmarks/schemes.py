@@ -20,6 +20,7 @@ from timm_convmix import MIXERS, ConvMixNet, Mixer, MixerError
 from timm_convmix.mixers import (
     DEFAULT_MIXER,
     FINAL,
+    AddConvMix,
     AvgMaxConvMix,
     BlendConvMix,
     ConvMix,
@@ -136,7 +137,7 @@ class Variant(Mixer):
     Args:
         in_channels: Position of each tapped stage -> its channels, shallow to deep.
         out_channels: Channels of the final map.
-        base: The mixer: 'blend', or a key of ``MIXERS`` whose branches are ConvMix's.
+        base: The mixer: 'add', 'blend', or a key of ``MIXERS`` whose branches are ConvMix's.
         rank: As of that mixer; None is its default.
         grid: Mix on the final map's grid, to which the maps are averaged whatever ``pool`` says, instead of after
             global pooling.
@@ -147,7 +148,7 @@ class Variant(Mixer):
         residual: Add the mix to the final map. Without it the mix replaces the final map.
         gate: Multiply the mix by the final map before.
         gain: What each channel's gain starts with; None is that mixer's own, and that of one without gains.
-        share: Multiplies the share of mixer 'blend'.
+        share: Multiplies what mixer 'add' adds, or the share of mixer 'blend'.
         drop_tap: Chance that a map is left out for an image while training; the others are scaled up.
         dropout: The same for each of a map's channels.
         decay: Decay the weights of the linear layers, where the optimizer decays any.
@@ -192,8 +193,9 @@ class Variant(Mixer):
         ):
             if chosen not in known:
                 raise MixerError(f"{what}={chosen!r} of a variant is none of {', '.join(sorted(known))}.")
-        if gain is not None if base == "blend" else share != 1:
-            raise MixerError(f"a variant of {base!r} has no {'gain' if base == 'blend' else 'share'}.")
+        averages = base in (AddConvMix.name, BlendConvMix.name)
+        if gain is not None if averages else share != 1:
+            raise MixerError(f"a variant of {base!r} has no {'gain' if averages else 'share'}.")
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.like = create_mixer(base, in_channels, out_channels, **({} if rank is None else {"rank": rank}), **dd)
         self.settings = self.like.settings | dict(
@@ -218,8 +220,10 @@ class Variant(Mixer):
             branch.act = ACTIVATIONS[act]() if act else branch.act
             if isinstance(branch, ConvMix) and gain is not None:
                 nn.init.constant_(branch.gain, gain)
+        self.scale = share / len(in_channels)
         if isinstance(self.like, BlendConvMix):
             self.like.share.mul_(share)
+            self.scale = 1.0
         self.pool = GeM(**dd) if pool == "gem" else POOLS.get(pool or "")
         self.pool_final = GeM(**dd) if pool_final == "gem" else POOLS.get(pool_final or "", self.pool)
         self.grid, self.residual, self.gate = grid, residual, gate
@@ -249,7 +253,7 @@ class Variant(Mixer):
             keep = F.dropout(vector.new_ones(len(vector), 1, 1, 1), self.drop_tap, self.training)
             vectors.append(self.dropout(vector * keep))
         mixed = branch.act(branch.expand(branch.reduce(torch.cat(vectors, dim=3))))
-        return branch.gain * mixed if isinstance(branch, ConvMix) else mixed
+        return (branch.gain if isinstance(branch, ConvMix) else self.scale) * mixed
 
     def no_weight_decay(self) -> set[str]:
         """None, or all."""
@@ -257,7 +261,7 @@ class Variant(Mixer):
 
     @torch.no_grad()
     def start_as_identity(self) -> None:
-        """Set the gains to zero, or what 'blend' does, so that ``final`` comes out exactly.
+        """Set the gains to zero, or what 'add' and 'blend' do, so that ``final`` comes out exactly.
 
         Raises:
             MixerError: The mix replaces the final map.
@@ -460,7 +464,9 @@ OWN_CLASSIFIERS = {name for name, make in PEERS.items() if isinstance(make, type
 
 CHANGES: dict[str, dict[str, Any]] = {
     "convmix": {},
-    # mixers that were the default before: stages and final map in branches of their own, added to the final map
+    # mixers that were the default before: the mean of stages and final map; both in branches of their own, added to the
+    # final map
+    "blend": dict(base="blend"),
     "avgmax": dict(base="avgmax"),
     "layerscale": dict(base="layerscale"),
     "linear": dict(base="linear"),
@@ -471,7 +477,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "one_branch_linear": dict(base="convmix", act="none", deepest=True),
     "single": dict(base="convmix"),
     "one_branch": dict(base="convmix", deepest=True),
-    # what everything is multiplied by: the share of a mean by default, or half or twice of it
+    # what the stages are multiplied by, or in 'blend' everything: 1 / number by default, or half or twice of it
     "share0.5": dict(share=0.5),
     "share2": dict(share=2.0),
     # where it mixes: after global pooling by default; the grid takes averages
@@ -523,6 +529,7 @@ CHANGES_OF_BRANCHES: dict[str, dict[str, Any]] = {
 }
 """Of former defaults alone, which have gains and a branch of the final map (``layerscale+gain3``)."""
 BRANCHES: dict[str, dict[str, Any]] = {
+    "add": dict(base="add"),
     "blend": dict(base="blend"),
     "avgmax": dict(base="convmix", act="none", gain=AvgMaxConvMix.start, pool="avgmax"),
     "layerscale": dict(base="convmix", act="none", gain=LayerScaleConvMix.start),

@@ -55,10 +55,10 @@ def trained() -> Iterable[Sequence[Any]]:
 
 
 def draw_mixing() -> None:
-    """The diagram of the module: the maxima of the tapped stages are projected and averaged with the final map."""
+    """The diagram of the module: the maxima of the stages are projected, averaged, and added to the final map."""
     mpl.rcParams["svg.hashsalt"] = "timm-convmix"  # the same file from the same code
     figure, axes = plt.subplots(figsize=(10, 4.2))
-    axes.set(xlim=(0, 104), ylim=(0, 39))
+    axes.set(xlim=(0, 96), ylim=(0, 39))
     axes.axis("off")
 
     def box(x: float, y: float, width: float, text: str, colour: str) -> None:
@@ -86,12 +86,12 @@ def draw_mixing() -> None:
     axes.text(79, 33.5, "+", fontsize=15, ha="center", va="center")
     axes.plot(79, 33.5, "o", markersize=21, markerfacecolor="none", markeredgecolor="#334155")
     arrow((70.4, 33.5), (76.7, 33.5))
-    arrow((53.4, 5.5), (79, 5.5), (79, 30.3))
+    box(62, 2, 8, "x 1/3", "#fde68a")
+    arrow((53.4, 5.5), (61.6, 5.5))
+    arrow((70.4, 5.5), (79, 5.5), (79, 30.3))
     axes.text(80, 18, "the same number\nfor every cell\nof a channel", fontsize=8, va="center")
     arrow((81.3, 33.5), (84.6, 33.5))
-    box(85, 30, 5, "x 1/4", "#fde68a")
-    arrow((90.4, 33.5), (92.6, 33.5))
-    box(93, 30, 10, "timm's head", "#f1f5f9")
+    box(85, 30, 10, "timm's head", "#f1f5f9")
     figure.savefig(GENERATED / "mixing.svg", bbox_inches="tight", metadata={"Date": None})
     figure.savefig(GENERATED / "mixing.png", bbox_inches="tight", dpi=110)
     plt.close(figure)

@@ -312,7 +312,7 @@ def test_names_of_schemes():
     assert schemes.stages_of(5, before=None) == (0, 1, 2, 3)
     assert schemes.stages_of(3, before=1) == (1,)
     assert {"variant", "scalar"} <= MIXERS.keys()
-    for base, setting, value in (("blend", "gain", 1.0), ("avgmax", "share", 0.5)):
+    for base, setting, value in (("add", "gain", 1.0), ("blend", "gain", 1.0), ("avgmax", "share", 0.5)):
         with pytest.raises(MixerError, match=f"a variant of '{base}' has no {setting}"):
             create_mixer("variant", {0: 4}, 8, base=base, **{setting: value})
     with pytest.raises(MixerError, match="norm='bath' of a variant is none of batch, l2, layer"):

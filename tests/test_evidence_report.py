@@ -396,6 +396,10 @@ def test_saved_nets_are_paired_across_their_best_rates_too():
         ("last", 4, 4.0, comparisons.BEST),
         ("convmix", 3, 1.0, comparisons.BEST),
         ("convmix", 4, 1.0, comparisons.BEST),
+        ("last", 3, 1.0, 0.1),  # what is left stands once too
+        ("last", 4, 1.0, 0.1),
+        ("convmix", 3, 4.0, 0.4),
+        ("convmix", 4, 4.0, 0.4),
     ]
     assert comparisons.title(found[0]).endswith("3 epochs, each at its best learning rate")
 

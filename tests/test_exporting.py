@@ -91,7 +91,7 @@ def test_a_file_knows_what_it_is(packed, to, tmp_path, capsys, monkeypatch):
     run, facts = read(file)
     assert facts["labels"] == [str(digit) for digit in range(10)]
     assert facts["weights"] == dict(source=str(folder), sha256=packed.record.sha256)
-    assert facts["model"].items() >= dict(architecture=NAME.partition(".")[0], tag=None, mixer="blend").items()
+    assert facts["model"].items() >= dict(architecture=NAME.partition(".")[0], tag=None, mixer="add").items()
     assert facts["versions"]["timm"] == timm.__version__
     transform = create_transform(**facts["preprocessing"])
     with Image.open(PHOTOGRAPHS[0]) as image:

@@ -6,6 +6,7 @@ from timm_convmix.errors import MixerError
 from timm_convmix.mixers import (
     DEFAULT_MIXER,
     MIXERS,
+    AddConvMix,
     AvgMaxConvMix,
     BlendConvMix,
     ConvMix,
@@ -18,7 +19,7 @@ from timm_convmix.mixers import (
 )
 
 CHANNELS, OUT = {1: 8, 2: 16, 4: 24}, 40
-LEARNED = ["blend", "avgmax", "layerscale", "linear", "dual", "convmix"]
+LEARNED = ["add", "blend", "avgmax", "layerscale", "linear", "dual", "convmix"]
 
 
 def maps(batch=2, dtype=torch.float32):
@@ -84,25 +85,27 @@ def test_avgmax_pools_the_taps_by_average_and_maximum():
 
 
 @pytest.mark.parametrize("rank", [0, 5])
-def test_blend_is_the_mean_of_projected_stages(rank):
-    mixer = BlendConvMix(CHANNELS, OUT, rank=rank)
+def test_add_and_blend_average_projected_stages(rank):
+    mixer, blend = AddConvMix(CHANNELS, OUT, rank=rank), BlendConvMix(CHANNELS, OUT, rank=rank)
     for norm in mixer.norms.values():
         torch.nn.init.normal_(norm.weight)
         torch.nn.init.normal_(norm.bias)
     taps, final = maps()
     matrix = mixer.expand.weight @ mixer.reduce.weight if rank else mixer.expand.weight
-    parts = [final]
+    parts = []
     for tap, norm, columns in zip(taps, mixer.norms.values(), matrix.split([*CHANNELS.values()], 1), strict=True):
         pooled = tap.flatten(2).max(2).values
         parts.append((norm(pooled) @ columns.T)[:, :, None, None].expand_as(final))
-    torch.testing.assert_close(mixer(taps, final), torch.stack(parts).mean(0))
-    assert mixer.state_dict()["share"] == 1 / 4
+    torch.testing.assert_close(mixer(taps, final), final + torch.stack(parts).mean(0))
+    assert blend.state_dict()["share"] == 1 / 4
+    blend.load_state_dict(mixer.state_dict() | {"share": blend.share})
+    torch.testing.assert_close(blend(taps, final), torch.stack([*parts, final]).mean(0))
 
 
-def test_every_stage_of_a_blend_starts_with_the_same_weight():
+def test_every_stage_starts_with_the_same_weight():
     taps = {0: 32, 1: 128, 2: 512}
     for rank in (0, 64):
-        mixer = BlendConvMix(taps, 400, rank=rank)
+        mixer = AddConvMix(taps, 400, rank=rank)
         first = mixer.reduce if rank else mixer.expand
         for channels, columns in zip(taps.values(), first.weight.split([*taps.values()], 1), strict=True):
             assert columns.std().item() == pytest.approx(
@@ -110,9 +113,9 @@ def test_every_stage_of_a_blend_starts_with_the_same_weight():
             )  # as nn.Linear(channels, ...)
 
 
-def test_the_rank_of_a_blend_follows_from_its_parameters():
-    assert BlendConvMix({1: 64, 2: 128, 3: 256}, 512).settings == {"rank": 0}  # 229,376 in the full matrix
-    wide = BlendConvMix({1: 256, 2: 512, 3: 1024}, 2048)
+def test_the_rank_follows_from_the_parameters():
+    assert AddConvMix({1: 64, 2: 128, 3: 256}, 512).settings == {"rank": 0}  # 229,376 in the full matrix
+    wide = AddConvMix({1: 256, 2: 512, 3: 1024}, 2048)
     assert wide.settings == {"rank": 64}
 
 
@@ -231,7 +234,7 @@ def test_settings_rebuild_the_mixer(name):
 def test_wrong_names_and_settings_are_refused():
     with pytest.raises(
         MixerError,
-        match=r"Unknown mixer 'fpn'; choose one of 'blend', 'avgmax', 'layerscale', .*'convmix', 'none'",
+        match=r"Unknown mixer 'fpn'; choose one of 'add', 'blend', 'avgmax', 'layerscale', .*'convmix', 'none'",
     ):
         create_mixer("fpn", CHANNELS, OUT)
     with pytest.raises(MixerError, match=r"mixer 'convmix' does not take these settings: .*'width'"):

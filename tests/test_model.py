@@ -149,7 +149,7 @@ def test_set_input_size():
     assert model(torch.randn(1, 3, 64, 96)).shape == (1, 2)
     assert get_model_input_config(model)["input_size"] == (3, 64, 96)
     arguments = get_model_args(model)
-    assert (arguments["img_size"], arguments["window_size"], arguments["mixer"]) == ((64, 96), ((4, 4),) * 4, "blend")
+    assert (arguments["img_size"], arguments["window_size"], arguments["mixer"]) == ((64, 96), ((4, 4),) * 4, "add")
     again = timm.create_model("convmix_swin_tiny_patch4_window7_224", **arguments)
     again.load_state_dict(model.state_dict())
     with pytest.raises(InputError, match=r"test_resnet takes any input size"):

@@ -205,7 +205,7 @@ def test_a_run_is_packed(run, packer):
 
 def run_args(model):
     return json.loads(
-        json.dumps(dict(in_chans=3, global_pool="avg", mixer="blend", mixer_args=model.mixer.settings, stages=[0, 2]))
+        json.dumps(dict(in_chans=3, global_pool="avg", mixer="add", mixer_args=model.mixer.settings, stages=[0, 2]))
     )
 
 

@@ -67,7 +67,7 @@ def manifest(pair, tmp_path):
 def released(script, few, folder, *, recipe=RECIPE):
     """A pair that ``script`` trained, packed: the manifest."""
     manifest = folder / "released.json"
-    for name, mixer in ((PLAIN, "none"), (NAME, "blend")):
+    for name, mixer in ((PLAIN, "none"), (NAME, "add")):
         config = folder / "config.yaml"
         config.write_text(json.dumps(recipe | dict(model_kwargs=dict(mixer=mixer))))
         places = ["-c", config, "--data-dir", few, "--output", folder / "first", "--experiment", name]

@@ -262,7 +262,8 @@ def test_a_tap_counts_what_its_zeros_take(arch, images):
                 for at, (norm, tap) in enumerate(zip(mixer.norms.values(), taps, strict=True))
             ]
             mix = mixer.expand(mixer.reduce(torch.cat(vectors, dim=1)))
-            mixed = mixer.share * (final + (mix[:, None, None] if arch == "test_mambaout" else mix[:, :, None, None]))
+            mix = mix / len(taps)
+            mixed = final + (mix[:, None, None] if arch == "test_mambaout" else mix[:, :, None, None])
             without = model.backbone.forward_head(mixed).gather(1, classes[:, None])[:, 0]
             torch.testing.assert_close(drops[:, dropped], logit - without, atol=1e-4, rtol=1e-4)
     assert drops.abs().min() > 1e-3
@@ -346,10 +347,12 @@ def test_a_model_of_one_channel_is_shown_in_colours():
     assert torch.equal(seen.maps[-1].heat, grad_cam(model, grey).maps[-1].heat[0])
 
 
-def test_the_same_weights_with_the_mixer_off(pair):
-    model, plain = pair
+@pytest.mark.parametrize("mixer", ["add", "blend"])
+def test_the_same_weights_with_the_mixer_off(pair, mixer):
+    model, plain = named(["cat", "dog", "3"], mixer=mixer), pair[1]
     plain.backbone.load_state_dict(model.backbone.state_dict())
-    plain.mixer = NoMixer(share=model.mixer.share.item())  # the final map keeps its share of the mean
+    if mixer == "blend":
+        plain.mixer = NoMixer(share=model.mixer.share.item())  # the final map keeps its share of the mean
     off, other = (next(iter(cam(PHOTOGRAPHS[0], model=model, compare=each)))[1][1] for each in ("off", plain))
     assert (off.model, off.mixes) == ("ConvMixNet, mixer off (ablation)", False)
     assert off.probability == other.probability

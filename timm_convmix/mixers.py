@@ -23,12 +23,12 @@ layer decay 0.7 the mix grows to 0.1, 1.2 and 3.5 percent of the final map at sc
 """
 
 RANK = 64
-"""Of the linear layers: ConvMix's at least, BlendConvMix's where the full matrix would be too large. An eighth of the
-few channels that nets for small images end with was worse on a hold-out: 'single+rank8' in docs/evidence.md."""
+"""Of the linear layers: ConvMix's at least, AddConvMix's where the full matrix would be too large. An eighth of the few
+channels that nets for small images end with was worse on a hold-out: 'single+rank8' in docs/evidence.md."""
 
 LARGEST_MATRIX = 2**18
-"""Parameters up to which BlendConvMix's linear layer is the full matrix, ResNet-18's being 229,376; a larger one would
-be too much beside some backbones. On hold-outs a pair of rank 64 was worse: 'rank64' in docs/evidence.md."""
+"""Parameters up to which AddConvMix's linear layer is the full matrix, ResNet-18's being 229,376; a larger one would be
+too much beside some backbones. On hold-outs a pair of rank 64 was worse: 'blend+rank64' in docs/evidence.md."""
 
 FINAL = -1
 """Stands for the final map where a mixer names its parameters by the position of a tap."""
@@ -142,7 +142,7 @@ class NoMixer(Mixer):
 
 
 class PooledMixer(Mixer):
-    """Globally pooled and normalised taps through one linear layer: what ConvMix and BlendConvMix have in common.
+    """Globally pooled and normalised taps through one linear layer, added to the final map.
 
     Args:
         in_channels: Position of each tapped stage -> its channels, shallow to deep.
@@ -179,6 +179,14 @@ class PooledMixer(Mixer):
         """What the layers make of the taps: (B, out_channels)."""
         vectors = [norm(pool(tap, self.pooling)) for norm, tap in zip(self.norms.values(), taps, strict=True)]
         return self.act(self.expand(self.reduce(torch.cat(vectors, dim=1))))
+
+    def mix(self, taps: Sequence[Tensor]) -> Tensor:
+        """What is added to every cell: (B, out_channels)."""
+        raise NotImplementedError
+
+    def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
+        """Add the mix of the pooled taps to every cell of the final map; shapes as in ``Mixer.forward``."""
+        return final + self.mix(taps).to(final.dtype)[:, :, None, None]
 
 
 class ConvMix(PooledMixer):
@@ -220,10 +228,6 @@ class ConvMix(PooledMixer):
         super().__init__(in_channels, out_channels, rank=rank, bias=True, pooling="avg", **dd)
         self.act = nn.ReLU()
         self.gain = nn.Parameter(torch.ones(out_channels, **dd))
-
-    def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
-        """Add the mix of the pooled taps to every cell of the final map; shapes as in ``Mixer.forward``."""
-        return final + self.mix(taps).to(final.dtype)[:, :, None, None]
 
     def mix(self, taps: Sequence[Tensor]) -> Tensor:
         """What is added to every cell: (B, out_channels)."""
@@ -350,14 +354,12 @@ class AvgMaxConvMix(LayerScaleConvMix):
     pooling = "avgmax"
 
 
-class BlendConvMix(PooledMixer):
-    """The mean of the final map and of the maxima of the tapped stages, each projected to its channels; the default.
+class AddConvMix(PooledMixer):
+    """The final map plus the mean of the tapped stages' maxima, each projected to its channels; the default.
 
-    ``share * (final + linear(concat(layer_norm(max(tap)) for tap in taps)))``, broadcast over the grid, with
-    ``share = 1 / (1 + number of taps)``. The linear layer starts as one of each tap alone would, so that all count
-    alike at first. It is ELMo's scalar mix (Peters et al. 2018, arXiv:1802.05365) with equal shares, of stages that are
-    pooled by their maximum and projected. Chosen on hold-outs over AvgMaxConvMix, each at the rate that is best for it:
-    'avgmax' in docs/evidence.md.
+    ``final + linear(concat(layer_norm(max(tap)) for tap in taps)) / number of taps``, broadcast over the grid. The
+    linear layer starts as one of each tap alone would, so that all count alike at first. Chosen over BlendConvMix,
+    which ends below the plain backbone where the final map's grid is fine: 'blend' in docs/evidence.md.
 
     Args:
         in_channels: Position of each tapped stage -> its channels, shallow to deep.
@@ -371,7 +373,7 @@ class BlendConvMix(PooledMixer):
         MixerError: ``rank`` is no integer, or negative.
     """
 
-    share: Tensor  # (1,): a buffer, because a warm start changes it
+    name: ClassVar[str] = "add"
 
     def __init__(
         self,
@@ -384,31 +386,65 @@ class BlendConvMix(PooledMixer):
     ) -> None:
         if rank is None:
             rank = 0 if sum(in_channels.values()) * out_channels <= LARGEST_MATRIX else RANK
-        check_rank(rank, "blend")
+        check_rank(rank, self.name)
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         super().__init__(in_channels, out_channels, rank=rank, bias=False, pooling="max", **dd)
         first = self.reduce if isinstance(self.reduce, nn.Linear) else self.expand
         for columns in torch.split(first.weight.detach(), [*in_channels.values()], dim=1):
             nn.init.kaiming_uniform_(columns, a=math.sqrt(5))  # nn.Linear's own, of this tap alone
-        self.register_buffer("share", torch.full((1,), 1 / (1 + len(in_channels)), **dd))
+
+    def mix(self, taps: Sequence[Tensor]) -> Tensor:
+        """What is added to every cell: (B, out_channels)."""
+        return self.project(taps) / len(self.norms)
+
+    def start_as_identity(self) -> None:
+        """Set the linear layer to zero, so that ``final`` comes out exactly.
+
+        On digits, one epoch of 43 steps from the embedded baseline, the mix grows to 1.6 percent of the final map with
+        AdamW at 5e-5 and layer decay 0.7, and to 8.4 percent with SGD at 0.01.
+        """
+        nn.init.zeros_(self.expand.weight)
+
+
+class BlendConvMix(AddConvMix):
+    """The mean of the final map and of the tapped stages' maxima, each projected to its channels.
+
+    ``share * (final + linear(concat(layer_norm(max(tap)) for tap in taps)))``, broadcast over the grid, with
+    ``share = 1 / (1 + number of taps)``. It is ELMo's scalar mix (Peters et al. 2018, arXiv:1802.05365) with equal
+    shares, of stages that are pooled by their maximum and projected. The default before 'add', chosen on hold-outs over
+    AvgMaxConvMix, each at the rate that is best for it: 'avgmax' in docs/evidence.md.
+
+    Arguments and errors are those of AddConvMix.
+    """
+
+    name = "blend"
+    share: Tensor  # (1,): a buffer, because a warm start changes it
+
+    def __init__(
+        self,
+        in_channels: Mapping[int, int],
+        out_channels: int,
+        *,
+        rank: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, rank=rank, device=device, dtype=dtype)
+        self.register_buffer("share", torch.full((1,), 1 / (1 + len(in_channels)), device=device, dtype=dtype))
 
     def forward(self, taps: Sequence[Tensor], final: Tensor) -> Tensor:
         """Average the projected taps and every cell of the final map; shapes as in ``Mixer.forward``."""
         share = self.share.to(final.dtype)
         return share * final + (share * self.project(taps).to(final.dtype))[:, :, None, None]
 
-    @torch.no_grad()
     def start_as_identity(self) -> None:
-        """Set the linear layer to zero and the share to one, so that ``final`` comes out exactly.
-
-        On digits, one epoch of 43 steps from the embedded baseline, the mix grows to 4.6 percent of the final map with
-        AdamW at 5e-5 and layer decay 0.7, and to 64 percent with SGD at 0.01.
-        """
-        nn.init.zeros_(self.expand.weight)
+        """Set the linear layer to zero and the share to one, so that ``final`` comes out exactly."""
+        super().start_as_identity()
         nn.init.ones_(self.share)
 
 
 MIXERS: dict[str, Callable[..., Mixer]] = {
+    "add": AddConvMix,
     "blend": BlendConvMix,
     "avgmax": AvgMaxConvMix,
     "layerscale": LayerScaleConvMix,
@@ -417,7 +453,7 @@ MIXERS: dict[str, Callable[..., Mixer]] = {
     "convmix": ConvMix,
     "none": NoMixer,
 }
-DEFAULT_MIXER = "blend"
+DEFAULT_MIXER = "add"
 
 
 def create_mixer(name: str, in_channels: Mapping[int, int], out_channels: int, **settings: Any) -> Mixer:
