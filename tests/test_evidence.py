@@ -784,6 +784,7 @@ def test_the_commands_of_the_docs_are_accepted():
     for variable, value in {
         "$n": "10",
         "$S": "last control-layerscale layerscale",
+        "$scheme": "last",
         "$s": "128",
         "$lr": "0.2",
         "$d": "cifar10",
