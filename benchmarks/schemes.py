@@ -193,11 +193,11 @@ class Variant(Mixer):
         ):
             if chosen not in known:
                 raise MixerError(f"{what}={chosen!r} of a variant is none of {', '.join(sorted(known))}.")
-        averages = base in (AddConvMix.name, BlendConvMix.name)
-        if gain is not None if averages else share != 1:
-            raise MixerError(f"a variant of {base!r} has no {'gain' if averages else 'share'}.")
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.like = create_mixer(base, in_channels, out_channels, **({} if rank is None else {"rank": rank}), **dd)
+        averages = isinstance(self.like, AddConvMix)
+        if gain is not None if averages else share != 1:
+            raise MixerError(f"a variant of {base!r} has no {'gain' if averages else 'share'}: leave it out.")
         self.settings = self.like.settings | dict(
             base=base,
             grid=grid,
@@ -220,8 +220,8 @@ class Variant(Mixer):
             branch.act = ACTIVATIONS[act]() if act else branch.act
             if isinstance(branch, ConvMix) and gain is not None:
                 nn.init.constant_(branch.gain, gain)
-        self.scale = share / len(in_channels)
-        if isinstance(self.like, BlendConvMix):
+        self.scale = share / len(in_channels)  # of what a mixer without gains adds
+        if isinstance(self.like, BlendConvMix):  # which multiplies everything instead
             self.like.share.mul_(share)
             self.scale = 1.0
         self.pool = GeM(**dd) if pool == "gem" else POOLS.get(pool or "")

@@ -337,6 +337,19 @@ def test_a_variant_without_residual_is_the_mix_alone(base):
         alone.start_as_identity()
 
 
+def test_a_share_scales_what_is_added_or_all_of_a_blend():
+    taps, final = [torch.randn(2, 4, 6, 6), torch.randn(2, 6, 4, 4)], torch.randn(2, 8, 3, 3)
+    for base in ("add", "blend"):
+        released = create_mixer(base, {0: 4, 1: 6}, 8)
+        own, twice = (create_mixer("variant", {0: 4, 1: 6}, 8, base=base, share=share) for share in (1, 2))
+        for variant in (own, twice):
+            weights = {f"like.{name}": tensor for name, tensor in released.state_dict().items() if name != "share"}
+            variant.load_state_dict(variant.state_dict() | weights)
+        expected = released(taps, final)
+        torch.testing.assert_close(own(taps, final), expected)
+        torch.testing.assert_close(twice(taps, final), 2 * expected - final if base == "add" else 2 * expected)
+
+
 @pytest.mark.parametrize("base", list(schemes.BRANCHES))
 def test_a_gate_multiplies_the_final_map(base):
     mixer, added = (create_mixer("variant", {0: 4}, 8, base=base, gate=gate) for gate in (True, False))
@@ -784,7 +797,6 @@ def test_the_commands_of_the_docs_are_accepted():
     for variable, value in {
         "$n": "10",
         "$S": "last control-layerscale layerscale",
-        "$scheme": "last",
         "$s": "128",
         "$lr": "0.2",
         "$d": "cifar10",

@@ -358,8 +358,8 @@ class AddConvMix(PooledMixer):
     """The final map plus the mean of the tapped stages' maxima, each projected to its channels; the default.
 
     ``final + linear(concat(layer_norm(max(tap)) for tap in taps)) / number of taps``, broadcast over the grid. The
-    linear layer starts as one of each tap alone would, so that all count alike at first. Chosen over BlendConvMix,
-    which ends below the plain backbone where the final map's grid is fine: 'blend' in docs/evidence.md.
+    linear layer starts as one of each tap alone would, so that all count alike at first. Chosen over BlendConvMix, with
+    which it is level over all hold-outs, because it is on none of them below the plain backbone: docs/experiments.md.
 
     Args:
         in_channels: Position of each tapped stage -> its channels, shallow to deep.
