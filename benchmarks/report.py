@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean
@@ -33,6 +34,7 @@ from benchmarks.comparisons import (
     Difference,
     Series,
     Tuning,
+    alike,
     all_runs,
     at_best_rates,
     backbones,
@@ -59,8 +61,8 @@ from benchmarks.timing import README, RESULTS, ROOT, markdown, read_rows_of, sho
 
 DOCUMENT = ROOT / "docs" / "evidence.md"
 COMPARED = (LAST, CONTROL, CONVMIX)
-DIVISIONS = {"--seeds", "--schemes", "--save", "--results"}
-"""Options by which several processes share a table; its lines say which seeds and schemes were run."""
+DIVISIONS = {"--seeds", "--schemes", "--lr", "--save", "--results"}
+"""Options by which several processes share a table; its lines say which schemes and rates were run."""
 
 
 # Numbers as text ------------------------------------------------------------------------------------------------------
@@ -83,10 +85,9 @@ def show_difference(difference: Difference | None) -> str:
 def recipe(settings: Settings) -> str:
     """How a setting was trained."""
     return (
-        f"{settings.images} training images, {settings.opt}, learning rate {settings.lr:g}, momentum"
-        f" {settings.momentum:g}, weight decay {settings.weight_decay:g}, batch {settings.batch}, warm-up"
-        f" {settings.warmup:g}, label smoothing {settings.smoothing:g}, crop padding {settings.padding},"
-        f" {settings.mode}"
+        f"{settings.images} training images, {settings.opt}, momentum {settings.momentum:g}, weight decay"
+        f" {settings.weight_decay:g}, batch {settings.batch}, warm-up {settings.warmup:g}, label smoothing"
+        f" {settings.smoothing:g}, crop padding {settings.padding}, {settings.mode}"
     )
 
 
@@ -206,24 +207,29 @@ def claims(conditions: Sequence[Condition]) -> str:
 
 def tuned(tunings: Sequence[Tuning]) -> str:
     """What is left of the difference where each scheme has the learning rate that suits it best, in words."""
-    found = [f"{show_difference(d)} ({named(t.settings)})" for t in tunings if (d := t.difference(LAST, CONVMIX))]
+    found = {named(t.settings): d.mean for t in tunings if (d := t.difference(LAST, CONVMIX))}
     if not found:
         return ""
+    ends = dict.fromkeys((min(found, key=found.__getitem__), max(found, key=found.__getitem__)))
+    span = " to ".join(f"{found[name]:+.2f} points ({name})" for name in ends)
+    ahead = sum(points > 0 for points in found.values())
     return (
-        f"Each at the best of the learning rates tried, on the hold-out, ConvMix's accuracy minus the last stage's is"
-        f" {'; '.join(found)}. A lead at the recipe's rate that does not show here was speed, not quality."
+        f"Each at the best of the learning rates tried, on the hold-out, ConvMix's mean accuracy is above the last"
+        f" stage's in {ahead} of {len(found)} settings; the difference is {span}."
+        " A lead at the recipe's rate that does not show here was speed, not quality."
     )
 
 
-def rates(tunings: Sequence[Tuning]) -> str:
-    """Accuracy at each learning rate, a line a setting and scheme."""
+def tuned_table(tunings: Sequence[Tuning]) -> str:
+    """Both schemes at the best of the learning rates tried, a line a setting."""
     lines = []
     for tuning in tunings:
-        for scheme in tuning.schemes():
-            those = [condition for condition in tuning.conditions if scheme in condition.runs]
-            cells = [f"{c.settings.lr:g}: {show_mean(c.values(scheme))} (n = {len(c.runs[scheme])})" for c in those]
-            lines.append([named(tuning.settings), scheme, "; ".join(cells)])
-    return markdown(["", "scheme", "learning rate: top-1, %"], lines)
+        cells = [named(tuning.settings)]
+        for scheme in (LAST, CONVMIX):
+            best = tuning.best(scheme)
+            cells.append(f"{show_mean(best.values(scheme))} at lr {best.settings.lr:g} (n = {len(best.runs[scheme])})")
+        lines.append([*cells, show_difference(tuning.difference(LAST, CONVMIX))])
+    return markdown(["", "last stage, %", "ConvMix, %", "to last stage, points"], lines)
 
 
 def against_peers(conditions: Sequence[Condition]) -> str:
@@ -443,6 +449,7 @@ RULE = (
 OWN, SAME = "each at the learning rate that is best for it on the hold-out", "all at one learning rate"
 NOTHING = "No run is recorded yet."
 SPEED = "All at the recipe's learning rate, which compares how fast they learn before anything else:"
+RATES = "Differences are paired by seed. Every rate that was tried: below, with every scheme on the hold-out."
 TREND = (
     "Page's test asks whether the relative reduction of the error grows along a series. Training images are varied at"
     " equal steps: as many fewer epochs as there are more images."
@@ -497,7 +504,7 @@ def questions(
     series = series_of(proof)
     asked = [
         Question("Does ConvMix beat the last stage and the control?", answers(scratch), (claims(scratch), EXPLANATION)),
-        Question("Is it only the learning rate?", tuned(tunings), (rates(tunings),)),
+        Question("Is it only the learning rate?", tuned(tunings), (tuned_table(tunings), RATES)),
         Question(
             WHICH,
             chosen(at_best, OWN) or chosen(at_one, SAME),
@@ -591,34 +598,34 @@ def document(conditions: Sequence[Condition], corrupted: Sequence[Robustness], b
 def described(conditions: Sequence[Condition]) -> list[str]:
     """The paragraphs of every scheme's table, a setting after the other."""
     parts = []
-    for condition in conditions:
-        runs = all_runs([condition])
-        parts += [f"### {title(condition.settings)}", schemes_table(condition)]
-        parts.append(f"{recipe(condition.settings)}. {provenance(runs)} {commands(runs)}")
+    for group in alike(conditions, partial(replace, lr=BEST)):
+        runs, settings = all_runs(group), group[0].settings
+        parts += [f"### {named(settings)}", schemes_table(group)]
+        parts.append(f"{recipe(settings)}. {provenance(runs)} {commands(runs)}")
     return parts
 
 
-def schemes_table(condition: Condition) -> str:
-    """Every scheme of one setting, described: differences to the last stage, and cost."""
-    plain = condition.runs.get(LAST)
-    base = min(plain.values(), key=lambda run: run.seed) if plain else None
+def schemes_table(conditions: Sequence[Condition]) -> str:
+    """Every scheme of one setting at every rate, described: differences to the last stage at that rate, and cost."""
+    base = next((run for condition in conditions for run in condition.runs.get(LAST, {}).values()), None)
     lines = []
-    for scheme, runs in sorted(condition.runs.items(), key=lambda item: -mean(condition.values(item[0]))):
-        run = next(iter(runs.values()))
-        difference = condition.difference(LAST, scheme) if base and scheme != LAST else None
-        lines.append(
-            [
+    for condition in conditions:
+        for scheme, runs in condition.runs.items():
+            run = next(iter(runs.values()))
+            difference = condition.difference(LAST, scheme) if scheme != LAST else None
+            cells = [
                 scheme,
+                f"{condition.settings.lr:g}",
                 str(len(runs)),
                 *(show_mean(condition.values(scheme, name)) for name in ("top1", "top5", "loss", "train_loss", "ece")),
                 show_difference(difference),
                 *(f"{getattr(run, name) / getattr(base, name):.4f}" if base else "" for name in ("params", "macs")),
                 str(sum(run.diverged > 0 for run in runs.values()) or ""),
             ]
-        )
-    header = ["", "seeds", "top-1, %", "top-5, %", "loss", "training loss", "calibration error, %"]
+            lines.append((mean(condition.values(scheme)), cells))
+    header = ["", "learning rate", "seeds", "top-1, %", "top-5, %", "loss", "training loss", "calibration error, %"]
     header += ["top-1 to last stage, points", "parameters", "MACs", "diverged"]
-    return markdown(header, lines)
+    return markdown(header, [cells for _, cells in sorted(lines, key=lambda line: -line[0])])
 
 
 # Command line ---------------------------------------------------------------------------------------------------------
