@@ -57,7 +57,13 @@ def what_was_tried(args: argparse.Namespace, settings: Settings) -> Tuning:
 
 
 def choose_rates(
-    args: argparse.Namespace, settings: Settings, words: Words, *, rates: Sequence[float], processes: int
+    args: argparse.Namespace,
+    settings: Settings,
+    words: Words,
+    *,
+    rates: Sequence[float],
+    seeds: Iterable[int],
+    processes: int,
 ) -> dict[str, float]:
     """Try learning rates on the hold-out until each scheme's best one lies between two others.
 
@@ -66,6 +72,7 @@ def choose_rates(
         settings: Of any of its runs on the hold-out, with the backbone in question.
         words: The same options, as they were given.
         rates: Tried first.
+        seeds: Each rate is tried with.
         processes: See ``run_all``.
 
     Returns:
@@ -74,11 +81,21 @@ def choose_rates(
     Raises:
         ValueError: No rate is better than those around it.
     """
-    seeds = [str(seed) for seed in SELECTION_SEEDS]
     todo = {(scheme, rate) for scheme in args.schemes for rate in rates}
     while todo:
         commands = [
-            (*words, "--arch", settings.arch, "--select", "--schemes", scheme, "--lr", f"{rate:g}", "--seeds", seed)
+            (
+                *words,
+                "--arch",
+                settings.arch,
+                "--select",
+                "--schemes",
+                scheme,
+                "--lr",
+                f"{rate:g}",
+                "--seeds",
+                f"{seed}",
+            )
             for scheme, rate in sorted(todo)
             for seed in seeds
         ]
@@ -105,6 +122,9 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--rates", type=float, nargs="+", default=[0.1, 0.2, 0.4], help="learning rates tried first")
+    parser.add_argument(
+        "--rate-seeds", type=int, nargs="+", default=SELECTION_SEEDS, metavar="N", help="on the hold-out (0 1 2)"
+    )
     parser.add_argument("--save", metavar="DIR", help="as there, of the runs on the test images")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="runs at a time")
     return parser
@@ -122,12 +142,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(set(own.rates)) == 1:
         parser.error("one rate leaves nothing to choose: give two or more --rates.")
     accuracy.fill_in(args)
+    if twice := set(own.rate_seeds) & set(args.seeds):
+        parser.error(f"seeds that choose a rate prove nothing: {min(twice)} is among --rate-seeds and --seeds.")
     try:
         accuracy.check_options(args)
         args.select = True
         found = accuracy.list_settings(args, accuracy.load_data(args).settings)
         for arch, settings in {settings.arch: settings for settings, _ in found}.items():
-            rates = choose_rates(args, settings, tuple(rest), rates=own.rates, processes=own.processes)
+            rates = choose_rates(
+                args, settings, tuple(rest), rates=own.rates, seeds=own.rate_seeds, processes=own.processes
+            )
             print(f"{arch}: " + ", ".join(f"{scheme} {rate:g}" for scheme, rate in rates.items()))
             save = ("--save", own.save) if own.save else ()
             commands = [

@@ -522,14 +522,14 @@ def command(data, tmp_path):
 def test_each_scheme_is_scored_at_the_rate_that_was_best_on_the_hold_out(data, tmp_path, monkeypatch, capsys):
     words = ["--data", str(data), "--dataset-name", "digits", "--arch", "test_resnet", "--epochs", "1", "--batch", "16"]
     words += ["--schemes", "last", "convmix", "--images", "32", "--threads", "1", "--results", str(tmp_path)]
-    monkeypatch.setattr(tuning, "SELECTION_SEEDS", [0])
+    words += ["--rate-seeds", "0"]
     best = {"last": 0.2, "convmix": 0.05}  # one between those tried first, one beyond them
 
     def score(settings, *_, **__):
         far = abs(math.log2(settings.lr / best[settings.scheme]))
         return replace(template, **asdict(settings), top1=90 - far)
 
-    assert accuracy.main([*words, "--seeds", "9"]) == 0
+    assert accuracy.main([*words[:-2], "--seeds", "9"]) == 0
     (template, *_) = timing.read_rows_of(Run, tmp_path / "accuracy.csv")
     (tmp_path / "accuracy.csv").unlink()
     saved = []
@@ -550,6 +550,7 @@ def test_each_scheme_is_scored_at_the_rate_that_was_best_on_the_hold_out(data, t
     for wrong, why in (
         (["--lr=0.3"], "leave out --lr"),
         (["--rates", "0.1"], "give two or more"),
+        (["--seeds", "0..4"], "seeds that choose a rate prove nothing: 0 is among --rate-seeds and --seeds."),
         (["--epochs", "2"], "last: no rate of 0.00078125 to 0.4 is better than its neighbours; give other --rates."),
     ):
         with pytest.raises(SystemExit):
