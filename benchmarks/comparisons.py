@@ -21,7 +21,7 @@ from typing import TypeVar
 import numpy as np
 from scipy import stats
 
-from benchmarks.accuracy import Run, Settings
+from benchmarks.accuracy import SELECTION_SEEDS, Run, Settings
 from benchmarks.schemes import PEERS
 
 LAST, CONTROL, CONVMIX = "last", "control", "convmix"
@@ -85,6 +85,12 @@ class Difference:
         return float(found.pvalue)
 
 
+def paired(base: Mapping[int, float], own: Mapping[int, float]) -> Difference | None:
+    """Of values by seed, ``own - base``, over the seeds that both have; None where there are none."""
+    seeds = sorted(base.keys() & own.keys())
+    return Difference(tuple(own[seed] - base[seed] for seed in seeds)) if seeds else None
+
+
 def holm(p_values: Mapping[str, float], tests: int) -> dict[str, float]:
     """Holm's correction (1979).
 
@@ -136,8 +142,9 @@ class Condition:
 
     def difference(self, base: str, other: str, name: str = "top1") -> Difference | None:
         """Of a column, over the seeds that both have; None where there are none."""
-        pairs = [(self.runs[base][seed], self.runs[other][seed]) for seed in self.seeds(base, other)]
-        return Difference(tuple(getattr(b, name) - getattr(a, name) for a, b in pairs)) if pairs else None
+        return paired(
+            *({seed: getattr(run, name) for seed, run in self.runs.get(s, {}).items()} for s in (base, other))
+        )
 
     def reductions(self, base: str, other: str) -> dict[int, float]:
         """By how many percent the error falls, for each seed that both have."""
@@ -156,7 +163,8 @@ class Condition:
 def conditions_of(runs: Iterable[Run]) -> list[Condition]:
     """Group runs, in the order in which the first of each group was made.
 
-    The plain backbone's runs that start from their own nets stand beside the warm starts from the same nets too.
+    What was scored on the test images with seeds that choose on the hold-out proves nothing, and is left out. The plain
+    backbone's runs that start from their own nets stand beside the warm starts from the same nets too.
 
     Raises:
         ValueError: Two groups differ in their data alone.
@@ -164,6 +172,8 @@ def conditions_of(runs: Iterable[Run]) -> list[Condition]:
     groups: dict[Settings, dict[str, dict[int, Run]]] = {}
     digests: dict[Settings, str] = {}
     for run in runs:
+        if run.split == "test" and run.seed in SELECTION_SEEDS:
+            continue
         shared = shared_settings(run)
         if digests.setdefault(shared, run.data) != run.data:
             raise ValueError(
@@ -330,8 +340,10 @@ class Tuning:
         return [condition for condition in self.conditions if scheme in condition.runs]
 
     def best(self, scheme: str) -> Condition:
-        """The condition whose rate suits a scheme best, by the mean."""
-        return max(self.tried(scheme), key=lambda c: mean(c.values(scheme)))
+        """The condition whose rate suits a scheme best, by the mean over the seeds that were run at all of them."""
+        tried = self.tried(scheme)
+        common = set.intersection(*(set(condition.runs[scheme]) for condition in tried))
+        return max(tried, key=lambda c: mean(c.runs[scheme][seed].top1 for seed in common or c.runs[scheme]))
 
     def settled(self) -> list[str]:
         """Schemes that were tried at a lower and at a higher rate than their best one."""
@@ -346,9 +358,8 @@ class Tuning:
 
     def difference(self, base: str, other: str) -> Difference | None:
         """Of accuracies, each scheme at the rate that suits it best, over the seeds that both have there."""
-        ours, theirs = self.best(other).runs[other], self.best(base).runs[base]
-        seeds = sorted(ours.keys() & theirs.keys())
-        return Difference(tuple(ours[seed].top1 - theirs[seed].top1 for seed in seeds)) if seeds else None
+        arms = (self.best(scheme).runs[scheme] for scheme in (base, other))
+        return paired(*({seed: run.top1 for seed, run in arm.items()} for arm in arms))
 
 
 def at_best_rates(conditions: Sequence[Condition]) -> list[Condition]:
@@ -415,12 +426,16 @@ def tuned_candidates(tunings: Iterable[Tuning]) -> list[Candidate]:
 
 
 def ranked(differences: Iterable[tuple[str, Difference | None]]) -> list[Candidate]:
-    """Candidates of differences to ConvMix, the highest mean first; neither peers nor controls are any."""
+    """Candidates of differences to ConvMix, the highest mean first; neither peers nor controls are any.
+
+    Settings with one pair of runs count only for those that have no others.
+    """
     found: dict[str, list[Difference]] = {}
     for scheme, difference in differences:
         if scheme not in (CONVMIX, *PEERS) and not scheme.startswith(CONTROL) and difference:
             found.setdefault(scheme, []).append(difference)
-    return sorted((Candidate(name, tuple(d)) for name, d in found.items()), key=lambda one: -one.mean)
+    judged = {name: [d for d in those if len(d.values) > 1] or those for name, those in found.items()}
+    return sorted((Candidate(name, tuple(those)) for name, those in judged.items()), key=lambda one: -one.mean)
 
 
 @dataclass(frozen=True)
@@ -461,7 +476,10 @@ class Series:
 
 
 def series_of(conditions: Sequence[Condition]) -> list[Series]:
-    """All else equal: class count, training images at equal steps, epochs, image size, parameters of a ResNet."""
+    """All else equal: class count, training images at about equal steps, epochs, image size, parameters of a ResNet.
+
+    With the class count the training images grow, and so the steps.
+    """
     axes: dict[str, tuple[Callable[[Settings], Settings], Callable[[Condition], float]]] = {
         "number of classes": (partial(replace, classes=0, images=0), lambda c: c.settings.classes),
         "training images": (at_equal_steps, lambda c: c.settings.images),

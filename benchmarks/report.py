@@ -11,7 +11,7 @@ What was declared before any run stands in ``benchmarks.comparisons``. Everythin
 import argparse
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -43,6 +43,7 @@ from benchmarks.comparisons import (
     former_conditions,
     former_rows,
     is_proof,
+    paired,
     proofs,
     rows_at_best_rates,
     series_of,
@@ -56,11 +57,13 @@ from benchmarks.comparisons import (
 from benchmarks.figures import DIFFERENCES, FIGURES, figures, plot, stale_figures
 from benchmarks.robustness import CLEAN, Robustness
 from benchmarks.saliency import MEASURES, Saliency
-from benchmarks.schemes import PEERS
+from benchmarks.schemes import CHANGES, PEERS
 from benchmarks.timing import README, RESULTS, ROOT, markdown, read_rows_of, show_tables
 
 DOCUMENT = ROOT / "docs" / "evidence.md"
 COMPARED = (LAST, CONTROL, CONVMIX)
+DEFAULTS = [scheme for scheme, change in CHANGES.items() if change.keys() == {"base"}]
+"""The mixers that were the default before."""
 DIVISIONS = {"--seeds", "--schemes", "--lr", "--save", "--results"}
 """Options by which several processes share a table; its lines say which schemes and rates were run."""
 
@@ -130,7 +133,7 @@ def named(settings: Settings) -> str:
 
 def count_words(found: Sequence[int | None]) -> str:
     """Signs, counted: 'higher in 2, not shown to differ in 1 of 3'."""
-    words = {1: "higher", -1: "lower", 0: "not shown to differ", None: "not tested yet (too few seeds)"}
+    words = {1: "higher", -1: "lower", 0: "not shown to differ", None: "not tested (too few seeds)"}
     counts = [f"{word} in {found.count(sign)}" for sign, word in words.items() if sign in found]
     return f"{', '.join(counts)} of {len(found)}"
 
@@ -146,9 +149,11 @@ def chosen(found: Sequence[Candidate], at: str) -> str:
         return ""
     better = [f"`{one.scheme}`" for one in found if one.error is not None and one.mean > 2 * one.error]
     worse = sum(one.error is not None and one.mean < -2 * one.error for one in found)
+    alone = sum(one.error is None for one in found)
     return (
         f"Of {len(found)} variants beside the default, on the hold-out, {at}, {worse} are more than two standard errors"
-        f" worse; more than two standard errors better: {', '.join(better) or 'none'}."
+        f" worse; more than two standard errors better: {', '.join(better) or 'none'}"
+        f"{f'; of one pair of runs only, so not judged: {alone}' * bool(alone)}."
     )
 
 
@@ -232,18 +237,16 @@ def tuned_table(tunings: Sequence[Tuning]) -> str:
     return markdown(["", "last stage, %", "ConvMix, %", "to last stage, points"], lines)
 
 
-def against_peers(conditions: Sequence[Condition]) -> str:
-    """ConvMix against every peer but the last stage, in words; '' without runs."""
-    found: dict[str, list[int]] = {}
-    for condition in conditions:
-        for peer in PEERS.keys() - {LAST}:
-            difference = condition.difference(peer, CONVMIX)
-            if difference and (sign := difference.sign()) is not None:
-                found.setdefault(peer, []).append(sign)
-    if not found:
+def against(conditions: Sequence[Condition], whom: str, schemes: Iterable[str]) -> str:
+    """ConvMix against some schemes, in words; '' without runs."""
+    counts = []
+    for scheme in schemes:
+        differences = filter(None, (condition.difference(scheme, CONVMIX) for condition in conditions))
+        if found := [sign for difference in differences if (sign := difference.sign()) is not None]:
+            counts.append(f"`{scheme}`: {count_words(found)}")
+    if not counts:
         return ""
-    counts = "; ".join(f"`{peer}`: {count_words(found[peer])}" for peer in PEERS if peer in found)
-    return f"ConvMix's accuracy against the peers, by the 95 % interval: {counts} settings."
+    return f"ConvMix's accuracy against the {whom}, by the 95 % interval: {'; '.join(counts)} settings."
 
 
 def grows(series: Sequence[Series]) -> str:
@@ -358,11 +361,12 @@ def robust(rows: Sequence[Robustness]) -> str:
         clean = corruptions.get(CLEAN, {})
         for by_scheme in (by_scheme for corruption, by_scheme in corruptions.items() if corruption != CLEAN):
             base, own = by_scheme.get(LAST, {}), by_scheme.get(CONVMIX, {})
-            gains = {seed: own[seed] - base[seed] for seed in sorted(own.keys() & base.keys())}
-            fresh = {seed: clean[CONVMIX][seed] - clean[LAST][seed] for seed in gains} if clean else {}
-            for found, values in ((ahead, gains.values()), (losses, (fresh[s] - gains[s] for s in fresh))):
-                sign = Difference(kept).sign() if (kept := tuple(values)) else None
-                if sign is not None:
+            lost = (
+                {seed: whole[seed] - top1 for seed, top1 in left.items() if seed in whole}
+                for whole, left in ((clean.get(LAST, {}), base), (clean.get(CONVMIX, {}), own))
+            )
+            for found, difference in ((ahead, paired(base, own)), (losses, paired(*lost))):
+                if difference and (sign := difference.sign()) is not None:
                     found.append(sign)
     if not ahead:
         return ""
@@ -380,8 +384,7 @@ def robustness_table(rows: Sequence[Robustness]) -> str:
             base = by_scheme.get(LAST, {})
             name = "clean" if corruption == CLEAN else corruption
             for scheme, by_seed in by_scheme.items():
-                pairs = tuple(by_seed[seed] - base[seed] for seed in sorted(by_seed.keys() & base.keys()))
-                difference = show_difference(Difference(pairs)) if pairs and scheme != LAST else ""
+                difference = show_difference(paired(base, by_seed)) if scheme != LAST else ""
                 cells = [scheme, str(len(by_seed)), show_mean(list(by_seed.values())), difference]
                 lines.append([f"{title(settings)}: {name}", *cells])
     return markdown(["", "scheme", "seeds", "top-1, %", "to last stage, points"], lines)
@@ -399,11 +402,10 @@ def view(rows: Sequence[Saliency]) -> str:
     """Whether ConvMix's maps are wider and rest more on the object than the last stage's, in words; '' without runs."""
     signs: dict[str, list[int]] = {"energy": [], "area": []}
     for by_scheme in by_layer(rows).values():
-        base, own = by_scheme.get(LAST, {}), by_scheme.get(CONVMIX, {})
-        seeds = sorted(base.keys() & own.keys())
-        for name, found in signs.items() if seeds else ():
-            difference = Difference(tuple(getattr(own[seed], name) - getattr(base[seed], name) for seed in seeds))
-            found.append(difference.sign() or 0)
+        for name, found in signs.items():
+            arms = (by_scheme.get(scheme, {}) for scheme in (LAST, CONVMIX))
+            if difference := paired(*({seed: getattr(row, name) for seed, row in arm.items()} for arm in arms)):
+                found.append(difference.sign() or 0)
     energy, area = signs["energy"], signs["area"]
     if not energy:
         return ""
@@ -430,10 +432,9 @@ def saliency_table(rows: Sequence[Saliency]) -> str:
                 str(min(row.count for row in by_seed.values())),
             ]
             for measure in MEASURES:
-                values = {seed: 100 * getattr(row, measure) for seed, row in by_seed.items()}
-                pairs = tuple(values[seed] - 100 * getattr(base[seed], measure) for seed in values if seed in base)
-                own = f"{mean(values.values()):.1f}"
-                cells.append(f"{own}, {show_difference(Difference(pairs))}" if pairs and scheme != LAST else own)
+                theirs, ours = ({s: 100 * getattr(row, measure) for s, row in rows.items()} for rows in (base, by_seed))
+                difference = paired(theirs, ours) if scheme != LAST else None
+                cells.append(f"{mean(ours.values()):.1f}" + (f", {show_difference(difference)}" if difference else ""))
             lines.append([*cells, f"{mean(100 * row.chance for row in by_seed.values()):.1f}"])
     header = ["", "scheme", "seeds", "images", *(f"{text}, %" for text in MEASURES.values()), "energy by chance, %"]
     return markdown(header, lines)
@@ -443,6 +444,7 @@ def saliency_table(rows: Sequence[Saliency]) -> str:
 
 RULE = (
     "On a tenth of the training images, not trained on; the standard error is that of the seeds within the settings."
+    " Settings with one pair of runs count only for those that have no others."
     " Declared before the runs: a variant replaces the default where it is the best of those that meet the cost bars"
     " and its mean difference is more than two standard errors above zero."
 )
@@ -452,10 +454,11 @@ SPEED = "All at the recipe's learning rate, which compares how fast they learn b
 RATES = "Differences are paired by seed. Every rate that was tried: below, with every scheme on the hold-out."
 TREND = (
     "Page's test asks whether the relative reduction of the error grows along a series. Training images are varied at"
-    " equal steps: as many fewer epochs as there are more images."
+    " about equal steps: as many fewer epochs as there are more images. Along the number of classes the images a class"
+    " and the epochs stay, so that the steps grow."
 )
 FORMERLY = (
-    f"**With a former default, `{FORMER}`.** In the table and the answers below ConvMix is this mixer, and the"
+    f"**With a former default, `{FORMER}`.** Here ConvMix is this mixer, and the"
     f" control is of its form; elsewhere they are called `{FORMER}` and `{CONTROL}-{FORMER}`."
 )
 WHICH = "Which variant is the default?"
@@ -510,7 +513,8 @@ def questions(
             chosen(at_best, OWN) or chosen(at_one, SAME),
             (RULE, choice(at_best), SPEED, choice(at_one)),
         ),
-        Question("And the peers?", against_peers(scratch)),
+        Question("And the peers?", against(scratch, "peers", [peer for peer in PEERS if peer != LAST])),
+        Question("And the former defaults?", against(best, f"former defaults, {OWN}", DEFAULTS)),
         Question(
             "Does the gain grow with the problem, and with the model?",
             grows(series),
@@ -544,7 +548,8 @@ def listed(asked: Sequence[Question]) -> str:
 def tested(conditions: Sequence[Condition]) -> str:
     """The table of the two declared tests, and what its runs were made with; '' without any."""
     made = [condition for condition in conditions if verdicts(condition)]
-    return f"{claims(made)}\n\n{provenance(all_runs(made))}" if made else ""
+    shown = [replace(c, runs={scheme: c.runs[scheme] for scheme in COMPARED if scheme in c.runs}) for c in made]
+    return f"{claims(made)}\n\n{provenance(all_runs(shown))}" if made else ""
 
 
 def summary(

@@ -473,7 +473,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dual": dict(base="dual"),
     # their branches: the stages alone, or together with the deepest in one branch, of 'linear' and, with ReLU, of the
     # mixer 'convmix'
-    "single_linear": dict(base="convmix", act="none"),
     "one_branch_linear": dict(base="convmix", act="none", deepest=True),
     "single": dict(base="convmix"),
     "one_branch": dict(base="convmix", deepest=True),
