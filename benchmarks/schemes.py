@@ -151,6 +151,7 @@ class Variant(Mixer):
         share: Multiplies what mixer 'add' adds, or the share of mixer 'blend'.
         drop_tap: Chance that a map is left out for an image while training; the others are scaled up.
         dropout: The same for each of a map's channels.
+        bare: Nothing between the two matrices of a low rank.
         decay: Decay the weights of the linear layers, where the optimizer decays any.
         device: Where the parameters are made.
         dtype: Of the parameters.
@@ -180,6 +181,7 @@ class Variant(Mixer):
         share: float = 1.0,
         drop_tap: float = 0.0,
         dropout: float = 0.0,
+        bare: bool = False,
         decay: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -211,6 +213,7 @@ class Variant(Mixer):
             share=share,
             drop_tap=drop_tap,
             dropout=dropout,
+            bare=bare,
             decay=decay,
         )
         channels = {**in_channels, FINAL: out_channels}
@@ -218,6 +221,7 @@ class Variant(Mixer):
         for branch in self.branches():
             branch.norms.update({key: NORMS[norm](channels[int(key)], **dd) for key in branch.norms})
             branch.act = ACTIVATIONS[act]() if act else branch.act
+            branch.between = nn.Identity() if bare else branch.between
             if isinstance(branch, ConvMix) and gain is not None:
                 nn.init.constant_(branch.gain, gain)
         self.scale = share / len(in_channels)  # of what a mixer without gains adds
@@ -252,7 +256,7 @@ class Variant(Mixer):
             vector = norm(cells.permute(0, 2, 3, 1))  # (B, H, W, C_i), or (B, 1, 1, C_i)
             keep = F.dropout(vector.new_ones(len(vector), 1, 1, 1), self.drop_tap, self.training)
             vectors.append(self.dropout(vector * keep))
-        mixed = branch.act(branch.expand(branch.reduce(torch.cat(vectors, dim=3))))
+        mixed = branch.act(branch.expand(branch.between(branch.reduce(torch.cat(vectors, dim=3)))))
         return (branch.gain if isinstance(branch, ConvMix) else self.scale) * mixed
 
     def no_weight_decay(self) -> set[str]:
@@ -506,6 +510,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "rank4": dict(divisor=4),
     "rank8": dict(divisor=8),
     "rank64": dict(rank=64),
+    # and no layer norm between its two matrices
+    "bare": dict(bare=True),
     # added to the final map by default; or instead of it, or multiplied by it before that
     "no_residual": dict(residual=False, deepest=True),
     "gate": dict(gate=True),

@@ -319,6 +319,17 @@ def test_names_of_schemes():
         create_mixer("variant", {0: 4}, 8, norm="bath")
 
 
+def test_a_bare_pair_is_one_matrix():
+    mixer = create_mixer("variant", {0: 4}, 8, rank=3, bare=True)
+    tap, final = torch.randn(2, 4, 4, 4), torch.randn(2, 8, 2, 2)
+    matrix = mixer.like.expand.weight @ mixer.like.reduce.weight
+    expected = final + (F.layer_norm(tap.amax((2, 3)), (4,)) @ matrix.T)[:, :, None, None]
+    torch.testing.assert_close(mixer([tap], final), expected)
+    normed = create_mixer("variant", {0: 4}, 8, rank=3)
+    normed.load_state_dict(mixer.state_dict())
+    assert not torch.allclose(normed([tap], final), expected)
+
+
 def test_the_mix_on_the_grid_averages_cells():
     mixer = create_mixer("variant", {0: 4}, 8, base="convmix", grid=True, norm="none", act="none", rank=0)
     tap, final = torch.randn(2, 4, 4, 4), torch.zeros(2, 8, 2, 2)

@@ -96,10 +96,23 @@ def test_add_and_blend_average_projected_stages(rank):
     for tap, norm, columns in zip(taps, mixer.norms.values(), matrix.split([*CHANNELS.values()], 1), strict=True):
         pooled = tap.flatten(2).max(2).values
         parts.append((norm(pooled) @ columns.T)[:, :, None, None].expand_as(final))
-    torch.testing.assert_close(mixer(taps, final), final + torch.stack(parts).mean(0))
+    if rank == 0:
+        torch.testing.assert_close(mixer(taps, final), final + torch.stack(parts).mean(0))
     assert blend.state_dict()["share"] == 1 / 4
     blend.load_state_dict(mixer.state_dict() | {"share": blend.share})
     torch.testing.assert_close(blend(taps, final), torch.stack([*parts, final]).mean(0))
+
+
+def test_the_matrices_of_a_low_rank_cannot_grow_together():
+    mixer, taps, final = AddConvMix(CHANNELS, OUT, rank=5), *maps()
+    pooled = [norm(tap.amax((2, 3))) for norm, tap in zip(mixer.norms.values(), taps, strict=True)]
+    reduced = mixer.reduce(torch.cat(pooled, dim=1))
+    reduced = (reduced - reduced.mean(1, keepdim=True)) / reduced.std(1, correction=0, keepdim=True)
+    expected = final + (mixer.expand(reduced) / 3)[:, :, None, None]
+    torch.testing.assert_close(mixer(taps, final), expected, atol=1e-3, rtol=1e-3)
+    mixer.reduce.weight.data *= 1000
+    torch.testing.assert_close(mixer(taps, final), expected, atol=1e-3, rtol=1e-3)
+    assert not AddConvMix(CHANNELS, OUT, rank=1)(taps, final).equal(final)
 
 
 def test_every_stage_starts_with_the_same_weight():
