@@ -531,10 +531,12 @@ CHANGES_OF_BRANCHES: dict[str, dict[str, Any]] = {
     "max": dict(pool="max"),
     "max_taps": dict(pool="max", pool_final="avg"),
     "avgmax_final": dict(pool_final="avgmax"),
+    # the default's layer norm in the control
+    "normed": dict(bare=False),
 }
-"""Of former defaults alone, which have gains and a branch of the final map (``layerscale+gain3``)."""
+"""Of former defaults, which have gains and a branch of the final map (``layerscale+gain3``), or of the control."""
 BRANCHES: dict[str, dict[str, Any]] = {
-    "add": dict(base="add"),
+    "add": dict(base="add", bare=True),  # a stronger control than with a layer norm between (``control-normed``)
     "blend": dict(base="blend"),
     "avgmax": dict(base="convmix", act="none", gain=AvgMaxConvMix.start, pool="avgmax"),
     "layerscale": dict(base="convmix", act="none", gain=LayerScaleConvMix.start),
