@@ -22,7 +22,7 @@ import numpy as np
 from scipy import stats
 
 from benchmarks.accuracy import SELECTION_SEEDS, Run, Settings
-from benchmarks.schemes import PEERS
+from benchmarks.schemes import PEERS, changes_of
 
 LAST, CONTROL, CONVMIX = "last", "control", "convmix"
 NAMES = {LAST: "last stage", CONTROL: "control", CONVMIX: "ConvMix"}
@@ -428,11 +428,14 @@ def tuned_candidates(tunings: Iterable[Tuning]) -> list[Candidate]:
 def ranked(differences: Iterable[tuple[str, Difference | None]]) -> list[Candidate]:
     """Candidates of differences to ConvMix, the highest mean first; neither peers nor controls are any.
 
+    Nor is what leaves the residual out: it cannot start warm, and its map is the same in every cell.
     Settings with one pair of runs count only for those that have no others.
     """
     found: dict[str, list[Difference]] = {}
     for scheme, difference in differences:
-        if scheme not in (CONVMIX, *PEERS) and not scheme.startswith(CONTROL) and difference:
+        if scheme in (CONVMIX, *PEERS) or scheme.startswith(CONTROL) or not changes_of(scheme).get("residual", True):
+            continue
+        if difference:
             found.setdefault(scheme, []).append(difference)
     judged = {name: [d for d in those if len(d.values) > 1] or those for name, those in found.items()}
     return sorted((Candidate(name, tuple(those)) for name, those in judged.items()), key=lambda one: -one.mean)

@@ -144,7 +144,7 @@ def draw_series(axes: Any, series: Sequence[Series], what: str) -> None:
     axes.axhline(0, color="grey", linewidth=0.8)
     axes.set(xlabel=what, ylabel="error reduction, % (± standard error)", xscale="log")
     ticks = sorted({position for one in series for position, _ in one.table()})
-    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick / 1e6:.3g} M" if tick >= 1e6 else f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.legend(fontsize="small")
 
@@ -152,9 +152,14 @@ def draw_series(axes: Any, series: Sequence[Series], what: str) -> None:
 def draw_cost(axes: Any, conditions: Sequence[Condition], dataset: str) -> None:
     """Accuracy against MACs, a point a backbone and scheme."""
     for scheme in (LAST, CONTROL, CONVMIX):
-        chosen = [c for c in conditions if scheme in c.runs]
+        if not (chosen := [c for c in conditions if scheme in c.runs]):
+            continue
         x = [mean(c.values(scheme, "macs")) / 1e6 for c in chosen]
         errors = [standard_error(c.values(scheme)) or 0 for c in chosen]
         axes.errorbar(x, [mean(c.values(scheme)) for c in chosen], errors, fmt="o", capsize=3, label=NAMES[scheme])
+    for c in conditions:
+        at = mean(c.values(LAST, "macs")) / 1e6, mean(c.values(LAST))
+        axes.annotate(c.settings.arch, at, xytext=(0, -18), textcoords="offset points", ha="center", fontsize="small")
+    axes.margins(0.2)
     axes.set(xlabel="million MACs", ylabel="top-1, % (± standard error)", xscale="log", title=dataset)
     axes.legend(fontsize="small")

@@ -446,7 +446,8 @@ RULE = (
     "On a tenth of the training images, not trained on; the standard error is that of the seeds within the settings."
     " Settings with one pair of runs count only for those that have no others."
     " Declared before the runs: a variant replaces the default where it is the best of those that meet the cost bars"
-    " and its mean difference is more than two standard errors above zero."
+    " and its mean difference is more than two standard errors above zero. `no_residual`, which cannot start warm and"
+    " whose map is the same in every cell, is no candidate."
 )
 OWN, SAME = "each at the learning rate that is best for it on the hold-out", "all at one learning rate"
 NOTHING = "No run is recorded yet."

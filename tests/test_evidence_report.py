@@ -281,6 +281,8 @@ def test_the_best_variant_of_the_selection():
         ", so, 0 are more than two standard errors worse; more than two standard errors better: none; of one pair of"
         " runs only, so not judged: 2."
     )
+    flat = [run("no_residual", seed, 99, split="holdout") for seed in range(3)]  # cannot start warm
+    assert report.choice(comparisons.candidates(comparisons.conditions_of([*rows, *flat]))) == text
     left = [row for row in rows if (row.scheme, row.epochs) != ("grid", 6) or row.seed == 0]
     found = comparisons.candidates(comparisons.conditions_of(left))
     assert f"| grid | +1.80 ± {0.3 / 3**0.5:.2f} | 1 | 3 |" in report.choice(found)  # a pair alone does not count
