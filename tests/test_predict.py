@@ -24,7 +24,7 @@ from timm.models import get_pretrained_cfg
 
 import timm_convmix
 from timm_convmix import ConvMixError, HubError, InputError, PackingError, WeightsError, cli, predict
-from timm_convmix.prediction import default_model, load_model
+from timm_convmix.prediction import default_model, label_names, load_model
 from timm_convmix.weights.packing import Images, pack, read_checkpoint
 
 ARCH = "test_resnet"
@@ -224,6 +224,16 @@ def test_no_such_model(run, tmp_path, source, error, message):
     places = dict(EMPTY="empty", BERT="bert", CUT="cut.pth.tar", HEADLESS="headless.pth.tar")
     with pytest.raises(error, match=message):
         load_model(tmp_path / places[source] if source in places else source)
+
+
+def test_wordnet_ids_in_words(words):
+    model = timm.create_model(f"local-dir:{words}", pretrained=True)
+    ids = ["n01440764", "n02123045", "n00000000", *ImageNetInfo("imagenet-22k").label_names()[:7]]
+    model.pretrained_cfg["label_names"] = ids
+    labels = label_names(model)
+    assert labels[:3] == ["tench, Tinca tinca", "tabby, tabby cat", "n00000000"]
+    model.pretrained_cfg["label_names"] = [*ids[:-1], "mine"]
+    assert label_names(model) == [*ids[:-1], "mine"]
 
 
 def test_labels_that_timm_could_not_read_either(words):

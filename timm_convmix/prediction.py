@@ -272,7 +272,10 @@ def training_args(path: Path) -> dict[str, Any]:
 
 
 def label_names(model: Any) -> list[str]:
-    """A label for each class: the model's own, ImageNet's for a tag of ImageNet, else the index."""
+    """A label for each class: the model's own, ImageNet's for a tag of ImageNet, else the index.
+
+    WordNet ids, as the folders of ImageNet and of its parts are called, are given in timm's words for them.
+    """
     cfg = model.pretrained_cfg
     info: DatasetInfo | None = None
     if cfg.get("label_names"):
@@ -284,7 +287,11 @@ def label_names(model: Any) -> list[str]:
         info = ImageNetInfo(subset)
     if info is None or info.num_classes() != model.num_classes:  # none, or those of a head that was replaced
         return list(map(str, range(model.num_classes)))
-    return list(map(DatasetInfoLabelMapper(info, fallback_format="{index}"), range(model.num_classes)))
+    labels = list(map(DatasetInfoLabelMapper(info, fallback_format="{index}"), range(model.num_classes)))
+    if all(re.fullmatch(r"n\d{8}", label) for label in labels):
+        words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
+        labels = [words.get(label, label) for label in labels]
+    return labels
 
 
 def move(model: nn.Module, device: str | torch.device) -> None:
