@@ -183,6 +183,11 @@ class Run(Scores, Settings):
         """The settings."""
         return key_of(self)
 
+    @property
+    def gap(self) -> float:
+        """From the training loss to that of the images it is scored on."""
+        return self.loss - self.train_loss
+
 
 def key_of(settings: Settings) -> tuple[object, ...]:
     """The values of the settings, in order."""

@@ -30,6 +30,8 @@ FORMER = "layerscale"
 """The scheme of the former default that ran on all images; what was claimed with it stays on record, beside what the
 present one shows."""
 LEVEL = 0.05
+PAIRS, FEW_PAIRS = 8, 3
+"""How many pairs a claim rests on at least, and how many a variant is judged by."""
 TESTS = (LAST, CONTROL)
 """What ConvMix is tested against; declared, so that Holm's method counts both even where one was not run."""
 RESAMPLES = 9999
@@ -74,9 +76,15 @@ class Difference:
         return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
     def sign(self) -> int | None:
-        """1 or -1 where the interval lies above or below zero, 0 where it holds it; None below three seeds."""
+        """1 or -1 where the interval lies above or below zero and p is below the level, else 0.
+
+        The bootstrap of a few pairs is too narrow, so that the interval alone would see too much. None where no p of so
+        few pairs can be below the level.
+        """
         interval = self.interval()
-        return (interval[0] > 0) - (interval[1] < 0) if interval else None
+        if interval is None or 2 / 2 ** len(self.values) >= LEVEL:
+            return None
+        return (interval[0] > 0) - (interval[1] < 0) if self.p_value() < LEVEL else 0
 
     def p_value(self) -> float:
         """Two-sided p of the sign-flip test of the mean, exact: all ``2 ** n`` signs are counted."""
@@ -103,11 +111,6 @@ def holm(p_values: Mapping[str, float], tests: int) -> dict[str, float]:
         highest = max(highest, min(1.0, (tests - rank) * p_values[name]))
         corrected[name] = highest
     return corrected
-
-
-def can_claim(seeds: int) -> bool:
-    """Whether the smallest p that the sign-flip test can give, corrected, lies below the level."""
-    return len(TESTS) * 2 / 2**seeds < LEVEL
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -280,7 +283,7 @@ class Verdict:
 def verdicts(condition: Condition) -> dict[str, Verdict]:
     """One for each declared test of which both schemes were run."""
     found = {base: difference for base in TESTS if (difference := condition.difference(base, CONVMIX))}
-    p_values = {base: difference.p_value() for base, difference in found.items() if can_claim(len(difference.values))}
+    p_values = {base: difference.p_value() for base, difference in found.items() if len(difference.values) >= PAIRS}
     corrected = holm(p_values, len(TESTS))
     result = {}
     for base, difference in found.items():
@@ -308,11 +311,16 @@ class Candidate:
 
     @property
     def error(self) -> float | None:
-        """Its standard error, that of the seeds within the settings; None where a setting has one seed only."""
-        errors = [error for d in self.differences if (error := standard_error(d.values)) is not None]
+        """Its standard error, that of the seeds within the settings; None where a setting has too few."""
+        errors = [standard_error(d.values) or 0 for d in self.differences if len(d.values) >= FEW_PAIRS]
         if len(errors) < len(self.differences):
             return None
         return sqrt(sum(error**2 for error in errors)) / len(errors)
+
+    @property
+    def pairs(self) -> int:
+        """Of runs."""
+        return sum(len(d.values) for d in self.differences)
 
 
 @dataclass(frozen=True)
@@ -392,19 +400,11 @@ def rows_at_best_rates(rows: Sequence[Row], best: Iterable[Condition]) -> list[R
 
 
 def proofs(conditions: Sequence[Condition]) -> list[Condition]:
-    """What was scored on the test images: each scheme at its best rate, then what else was run at one rate for all.
-
-    A scheme that is compared with ConvMix among the former, by the same runs, is left out of the latter.
-    """
+    """What was scored on the test images: each scheme at its best rate, or all at one where the best are not known."""
     best = at_best_rates(conditions)
-    others = []
-    for condition in filter(is_proof, conditions):
-        own = condition.runs
-        same = [c.runs for c in best if c.runs[CONVMIX] is own.get(CONVMIX)]
-        left = {s: own[s] for s in own if s == CONVMIX or not any(runs.get(s) is own[s] for runs in same)}
-        if left.keys() != {CONVMIX} or not same:
-            others.append(replace(condition, runs=left))
-    return [*best, *others]
+    tuned = {condition.settings for condition in best}
+    others = (condition for condition in conditions if is_proof(condition))
+    return [*best, *(c for c in others if replace(c.settings, lr=BEST) not in tuned)]
 
 
 def tunings_of(conditions: Iterable[Condition]) -> list[Tuning]:
@@ -425,19 +425,33 @@ def tuned_candidates(tunings: Iterable[Tuning]) -> list[Candidate]:
     return ranked((s, t.difference(CONVMIX, s)) for t in tunings for s in t.settled() if CONVMIX in t.settled())
 
 
-def ranked(differences: Iterable[tuple[str, Difference | None]]) -> list[Candidate]:
-    """Candidates of differences to ConvMix, the highest mean first; neither peers nor controls are any.
+def unsettled(tunings: Iterable[Tuning]) -> list[str]:
+    """Candidates of which nowhere a lower and a higher rate than the best one were tried."""
+    tunings = list(tunings)
+    settled = {scheme for tuning in tunings for scheme in tuning.settled()}
+    tried = dict.fromkeys(scheme for tuning in tunings for scheme in tuning.schemes())
+    return [scheme for scheme in tried if is_variant(scheme) and scheme not in settled]
 
-    Nor is what leaves the residual out: it cannot start warm, and its map is the same in every cell.
-    Settings with one pair of runs count only for those that have no others.
+
+def is_variant(scheme: str) -> bool:
+    """Whether it could be the default: not ConvMix itself, a peer or a control.
+
+    Nor is it what leaves the residual out: it cannot start warm, and its map is the same in every cell.
+    """
+    named = scheme in (CONVMIX, *PEERS) or scheme.startswith(CONTROL)
+    return not named and bool(changes_of(scheme).get("residual", True))
+
+
+def ranked(differences: Iterable[tuple[str, Difference | None]]) -> list[Candidate]:
+    """Candidates of differences to ConvMix, the highest mean first.
+
+    Settings with fewer than ``FEW_PAIRS`` pairs of runs count only for those that have no others.
     """
     found: dict[str, list[Difference]] = {}
     for scheme, difference in differences:
-        if scheme in (CONVMIX, *PEERS) or scheme.startswith(CONTROL) or not changes_of(scheme).get("residual", True):
-            continue
-        if difference:
+        if difference and is_variant(scheme):
             found.setdefault(scheme, []).append(difference)
-    judged = {name: [d for d in those if len(d.values) > 1] or those for name, those in found.items()}
+    judged = {name: [d for d in those if len(d.values) >= FEW_PAIRS] or those for name, those in found.items()}
     return sorted((Candidate(name, tuple(those)) for name, those in judged.items()), key=lambda one: -one.mean)
 
 
@@ -459,7 +473,7 @@ class Series:
     def images(self) -> str:
         """Of which data set, on which backbone, and at which learning rates."""
         settings = self.conditions[-1].settings
-        words = [name_of(settings)]
+        words = [" and ".join(dict.fromkeys(name_of(condition.settings) for condition in self.conditions))]
         if len({condition.settings.arch for condition in self.conditions}) == 1:
             words.append(settings.arch)
         return ", ".join([*words, *["each at its best learning rate"] * (settings.lr == BEST)])
@@ -468,29 +482,41 @@ class Series:
         """Position, and relative reduction of the error for each seed, a setting."""
         return [(self.position(condition), condition.reductions(LAST, CONVMIX)) for condition in self.conditions]
 
-    def p_value(self) -> float | None:
-        """Of Page's test that the reduction grows (one-sided); None below three settings or two common seeds."""
+    @property
+    def seeds(self) -> list[int]:
+        """That every setting was run with."""
+        return sorted(set.intersection(*(set(reductions) for _, reductions in self.table())))
+
+    def p_value(self, *, falls: bool = False) -> float | None:
+        """Of Page's test that the reduction grows, or that it falls (one-sided); None where there is too little for it.
+
+        That is below three settings or two common seeds.
+        """
         columns = [reductions for _, reductions in self.table()]
-        seeds = sorted(set.intersection(*map(set, columns)))
-        if len(columns) < 3 or len(seeds) < 2:
+        if len(columns) < 3 or len(self.seeds) < 2:
             return None
-        blocks = [[column[seed] for column in columns] for seed in seeds]
+        blocks = [[column[seed] for column in (columns[::-1] if falls else columns)] for seed in self.seeds]
         return float(stats.page_trend_test(blocks).pvalue)
+
+    def rise(self) -> Difference | None:
+        """Of the reduction, from the first setting to the last, by seed; None without a common one."""
+        (_, first), *_, (_, last) = self.table()
+        return paired(first, last)
 
 
 def series_of(conditions: Sequence[Condition]) -> list[Series]:
     """All else equal: class count, training images at about equal steps, epochs, image size, parameters of a ResNet.
 
-    With the class count the training images grow, and so the steps.
+    With the class count of Tiny-ImageNet the images grow, and so the steps; from CIFAR-10 to CIFAR-100 they stay.
     """
     axes: dict[str, tuple[Callable[[Settings], Settings], Callable[[Condition], float]]] = {
-        "number of classes": (partial(replace, classes=0, images=0), lambda c: c.settings.classes),
+        "number of classes": (of_any_classes, lambda c: c.settings.classes),
         "training images": (at_equal_steps, lambda c: c.settings.images),
         "epochs": (partial(replace, epochs=0), lambda c: c.settings.epochs),
         "image size": (partial(replace, size=0, padding=0), lambda c: c.settings.size),
         "parameters of a ResNet": (partial(replace, arch=""), lambda c: c.params),
     }
-    usable = [condition for condition in conditions if condition.reductions(LAST, CONVMIX)]
+    usable = [c for c in conditions if c.reductions(LAST, CONVMIX) and not c.settings.init]
     found = []
     for what, (shared, position) in axes.items():
         chosen = [c for c in usable if shared(c.settings).arch or c.settings.arch.startswith("resnet")]
@@ -499,6 +525,11 @@ def series_of(conditions: Sequence[Condition]) -> list[Series]:
             if len(ordered) > 1:
                 found.append(Series(what, ordered, position))
     return found
+
+
+def of_any_classes(settings: Settings) -> Settings:
+    """Settings whose class count is free, and with it which CIFAR it is, and how many images make up the same part."""
+    return replace(settings, dataset=settings.dataset.rstrip("0123456789"), classes=0, images=0)
 
 
 def at_equal_steps(settings: Settings) -> Settings:

@@ -11,7 +11,7 @@ What was declared before any run stands in ``benchmarks.comparisons``. Everythin
 import argparse
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -23,6 +23,7 @@ from benchmarks.comparisons import (
     BEST,
     CONTROL,
     CONVMIX,
+    FEW_PAIRS,
     FORMER,
     LAST,
     LEVEL,
@@ -52,6 +53,7 @@ from benchmarks.comparisons import (
     title,
     tuned_candidates,
     tunings_of,
+    unsettled,
     verdicts,
 )
 from benchmarks.figures import DIFFERENCES, FIGURES, figures, plot, stale_figures
@@ -67,6 +69,8 @@ DEFAULTS = [scheme for scheme, change in CHANGES.items() if change.keys() == {"b
 DIVISIONS = {"--seeds", "--schemes", "--lr", "--save", "--results"}
 """Options by which several processes share a table; its lines say which schemes and rates were run."""
 
+
+JUDGED = "By interval and uncorrected sign-flip test"
 
 # Numbers as text ------------------------------------------------------------------------------------------------------
 
@@ -138,22 +142,25 @@ def count_words(found: Sequence[int | None]) -> str:
     return f"{', '.join(counts)} of {len(found)}"
 
 
-def chosen(found: Sequence[Candidate], at: str) -> str:
+def chosen(found: Sequence[Candidate], at: str, open_ended: Sequence[str] = ()) -> str:
     """Whether a candidate does better than the default, in words.
 
     Args:
         found: The candidates.
         at: At which learning rate.
+        open_ended: Those whose best rate may lie beyond what was tried.
     """
     if not found:
         return ""
     better = [f"`{one.scheme}`" for one in found if one.error is not None and one.mean > 2 * one.error]
     worse = sum(one.error is not None and one.mean < -2 * one.error for one in found)
-    alone = sum(one.error is None for one in found)
+    few = ", ".join(f"`{one.scheme}`" for one in found if one.error is None)
+    beyond = ", ".join(f"`{scheme}`" for scheme in open_ended)
     return (
         f"Of {len(found)} variants beside the default, on the hold-out, {at}, {worse} are more than two standard errors"
         f" worse; more than two standard errors better: {', '.join(better) or 'none'}"
-        f"{f'; of one pair of runs only, so not judged: {alone}' * bool(alone)}."
+        f"{f'; of fewer than {FEW_PAIRS} pairs of runs, so not judged: {few}' * bool(few)}"
+        f"{f'; best at the end of the rates tried, so not judged: {beyond}' * bool(beyond)}."
     )
 
 
@@ -162,7 +169,7 @@ def choice(found: Sequence[Candidate]) -> str:
     lines = []
     for one in found:
         text = f"{one.mean:+.2f}" + ("" if one.error is None else f" ± {one.error:.2f}")
-        lines.append([one.scheme, text, str(len(one.differences)), str(sum(len(d.values) for d in one.differences))])
+        lines.append([one.scheme, text, str(len(one.differences)), str(one.pairs)])
     return markdown(["", "top-1 to ConvMix, points", "settings", "pairs of runs"], lines)
 
 
@@ -246,17 +253,41 @@ def against(conditions: Sequence[Condition], whom: str, schemes: Iterable[str]) 
             counts.append(f"`{scheme}`: {count_words(found)}")
     if not counts:
         return ""
-    return f"ConvMix's accuracy against the {whom}, by the 95 % interval: {'; '.join(counts)} settings."
+    return f"ConvMix's accuracy against the {whom}, {JUDGED.lower()}: {'; '.join(counts)} settings."
+
+
+def against_table(conditions: Iterable[Condition], schemes: Sequence[str]) -> str:
+    """ConvMix against some schemes, a line a setting and scheme."""
+    lines = []
+    for condition in conditions:
+        for scheme in schemes:
+            if difference := condition.difference(scheme, CONVMIX):
+                cells = [named(condition.settings), scheme, str(len(difference.values))]
+                for one in (scheme, CONVMIX):
+                    runs = [condition.runs[one][seed] for seed in condition.seeds(scheme, CONVMIX)]
+                    cells.append(f"{show_mean([run.top1 for run in runs])} at lr {runs[0].lr:g}")
+                lines.append([*cells, show_difference(difference), f"{difference.p_value():.3f}"])
+    header = ["", "scheme", "seeds", "top-1, %", "ConvMix, %", "ConvMix to it, points", "p, uncorrected"]
+    return markdown(header, lines)
 
 
 def grows(series: Sequence[Series]) -> str:
     """Whether the gain grows, in words."""
-    names: dict[bool | None, list[str]] = {True: [], False: [], None: []}
+    names: dict[str, list[str]] = {}
     for one in series:
-        p = one.p_value()
-        names[None if p is None else p < LEVEL].append(f"{one.what} ({one.images})")
-    words = {True: "It grows with", False: "It is not shown to grow with", None: "Not tested (too few) with"}
-    return " ".join(f"{words[found]}: {', '.join(those)}." for found, those in names.items() if those)
+        p, rise = one.p_value(), one.rise()
+        if p is not None:
+            falls = (one.p_value(falls=True) or 1) < LEVEL
+            word = "grows" if p < LEVEL else "falls" if falls else "is not shown to grow"
+            names.setdefault(f"It {word} with", []).append(f"{one.what} ({one.images})")
+        elif rise and (sign := rise.sign()) is not None:
+            (first, _), *_, (last, _) = one.table()
+            word = {1: "larger", -1: "smaller", 0: "not shown to be another"}[sign]
+            told = f"{one.what} ({one.images}: {word} at {last:,.0f} than at {first:,.0f})"
+            names.setdefault("Of two settings only, so a description, with", []).append(told)
+        else:
+            names.setdefault("Not tested (too few) with", []).append(f"{one.what} ({one.images})")
+    return " ".join(f"{words}: {', '.join(those)}." for words, those in names.items())
 
 
 def trends(series: Sequence[Series]) -> str:
@@ -264,25 +295,35 @@ def trends(series: Sequence[Series]) -> str:
     lines = []
     for one in series:
         p = one.p_value()
-        cells = [f"{position:g}: {mean(reductions.values()):.1f}" for position, reductions in one.table()]
-        seeds = min(len(reductions) for _, reductions in one.table())
-        verdict = "too few settings or seeds" if p is None else f"p = {p:.3f}"
-        lines.append([f"{one.what}, {one.images}", "; ".join(cells), str(seeds), verdict])
-    return markdown(["", "error reduction, %", "seeds", "it grows (Page)"], lines)
+        cells = [f"{position:,.0f}: {mean(reductions.values()):.1f}" for position, reductions in one.table()]
+        verdicts_of = [f"p = {p:.3f}", f"p = {one.p_value(falls=True):.3f}"] if p is not None else ["too few"] * 2
+        lines.append([f"{one.what}, {one.images}", "; ".join(cells), show_difference(one.rise()), str(len(one.seeds))])
+        lines[-1] += verdicts_of
+    return markdown(
+        ["", "error reduction, %", "last to first, points", "common seeds", "it grows (Page)", "it falls"], lines
+    )
 
 
 def smaller(conditions: Sequence[Condition]) -> str:
     """Whether ConvMix does more than taking the next larger backbone, in words; '' without two backbones."""
-    pairs = [
-        mean(a.values(CONVMIX)) > mean(b.values(LAST))
+    neighbours = [
+        (smaller, larger, seeds)
         for group in backbones(conditions)
-        for a, b in pairwise(sorted(group, key=lambda c: mean(c.values(LAST, "macs"))))
+        for smaller, larger in pairwise(sorted(group, key=lambda c: mean(c.values(LAST, "macs"))))
+        if (seeds := sorted({*smaller.seeds(LAST, CONVMIX)} & {*larger.seeds(LAST)}))
     ]
-    if not pairs:
+    if not neighbours:
         return ""
+
+    def score(condition: Condition, scheme: str, seeds: Sequence[int]) -> float:
+        return mean(condition.runs[scheme][seed].top1 for seed in seeds)
+
+    pays = [pair for pair in neighbours if score(pair[1], LAST, pair[2]) > score(pair[0], LAST, pair[2])]
+    ahead = sum(score(smaller, CONVMIX, seeds) > score(larger, LAST, seeds) for smaller, larger, seeds in pays)
     return (
-        f"Of two backbones that follow each other in MACs, the smaller with ConvMix is more accurate than the larger"
-        f" alone in {sum(pairs)} of {len(pairs)} pairs, by the means."
+        f"Of {len(neighbours)} pairs of backbones that follow each other in MACs, the larger is alone more accurate"
+        f" than the smaller alone in {len(pays)}; there the smaller with ConvMix is ahead of the larger alone in"
+        f" {ahead}, by the means over the seeds that both have."
     )
 
 
@@ -304,35 +345,55 @@ def price(conditions: Sequence[Condition]) -> str:
 def fit(conditions: Sequence[Condition]) -> str:
     """Whether ConvMix acts as a regulariser, in words: its training loss, and the gap from there to the test loss.
 
-    '' where fewer than three seeds stand in every setting.
+    '' where every setting has too few seeds.
     """
-    signs: dict[str, list[int]] = {"loss": [], "gap": []}
-    for condition in conditions:
-        pairs = [(condition.runs[LAST][seed], condition.runs[CONVMIX][seed]) for seed in condition.seeds(LAST, CONVMIX)]
-        losses = Difference(tuple(own.train_loss - base.train_loss for base, own in pairs))
-        gaps = Difference(tuple((own.loss - own.train_loss) - (base.loss - base.train_loss) for base, own in pairs))
-        for found, difference in zip(signs.values(), (losses, gaps), strict=True):
-            if (sign := difference.sign()) is not None:
-                found.append(sign)
-    loss, gap = signs.values()
+    loss, gap = (list(signs_of(conditions, name)) for name in ("train_loss", "gap"))
     if not loss:
         return ""
     return (
-        f"A regulariser fits the training images less and narrows the gap to the test loss. By the 95 % interval of the"
-        f" paired difference to the last stage's, ConvMix's training loss in the last epoch is higher in"
-        f" {loss.count(1)} and lower in {loss.count(-1)} of {len(loss)} settings, and the gap is narrower in"
-        f" {gap.count(-1)} and wider in {gap.count(1)}."
+        f"A regulariser fits the training images less and narrows the gap to the test loss. {JUDGED} of the paired"
+        f" difference to the last stage's, ConvMix's training loss in the last epoch is higher in {loss.count(1)} and"
+        f" lower in {loss.count(-1)} of {len(loss)} settings, and the gap is narrower in {gap.count(-1)} and wider in"
+        f" {gap.count(1)}. Where a training is too short to overfit, a lower training loss is but faster fitting."
         f"{'' if gap.count(-1) > gap.count(1) else ' These runs do not show the regulariser that the paper reports.'}"
     )
 
 
 def calibration(conditions: Sequence[Condition]) -> str:
     """Whether ConvMix's confidence is nearer to its accuracy than the last stage's, in words; '' without runs."""
-    differences = [d for condition in conditions if (d := condition.difference(LAST, CONVMIX, "ece"))]
-    found = [sign for d in differences if (sign := d.sign()) is not None]
+    found = list(signs_of(conditions, "ece"))
     if not found:
         return ""
-    return f"By the 95 % interval, the expected calibration error is {count_words(found)} settings (lower is better)."
+    return f"{JUDGED}, the expected calibration error is {count_words(found)} settings (lower is better)."
+
+
+def signs_of(conditions: Iterable[Condition], name: str) -> Iterator[int]:
+    """Of ConvMix's difference to the last stage in a column, a setting with enough seeds after the other."""
+    for condition in conditions:
+        difference = condition.difference(LAST, CONVMIX, name)
+        if difference and (sign := difference.sign()) is not None:
+            yield sign
+
+
+def columns_table(conditions: Iterable[Condition], columns: Mapping[str, str]) -> str:
+    """Columns of the runs for the last stage and ConvMix, over the seeds that both have, a line a setting.
+
+    Args:
+        conditions: The settings.
+        columns: A column's name -> how it is shown.
+    """
+    header, lines = ["", "seeds"], []
+    for text in columns.values():
+        header += [f"{text}: last stage", "ConvMix", "difference"]
+    for condition in conditions:
+        if seeds := condition.seeds(LAST, CONVMIX):
+            cells = [named(condition.settings), str(len(seeds))]
+            for name in columns:
+                arms = [condition.runs[scheme] for scheme in (LAST, CONVMIX)]
+                cells += [show_mean([getattr(runs[seed], name) for seed in seeds]) for runs in arms]
+                cells.append(show_difference(condition.difference(LAST, CONVMIX, name)))
+            lines.append(cells)
+    return markdown(header, lines)
 
 
 def by_corruption(rows: Sequence[Robustness]) -> dict[Settings, dict[str, dict[str, dict[int, float]]]]:
@@ -371,8 +432,8 @@ def robust(rows: Sequence[Robustness]) -> str:
     if not ahead:
         return ""
     return (
-        f"By the 95 % interval, ConvMix's accuracy on corrupted images is {count_words(ahead)} kinds of corruption, and"
-        f" the accuracy that it loses against clean images, in points, is {count_words(losses)}."
+        f"{JUDGED}, ConvMix's accuracy on corrupted images is {count_words(ahead)} kinds of corruption, and the"
+        f" accuracy that it loses against clean images, in points, is {count_words(losses)}."
     )
 
 
@@ -409,10 +470,11 @@ def view(rows: Sequence[Saliency]) -> str:
     energy, area = signs["energy"], signs["area"]
     if not energy:
         return ""
+    arch = " and ".join(dict.fromkeys(row.arch for row in rows if row.scheme == CONVMIX))
     wider = sum(e > 0 and a > 0 for e, a in zip(energy, area, strict=True))
     return (
-        f"Grad-CAM of ConvMix against the last stage's, at {len(energy)} layers (by the 95 % interval of the paired"
-        f" difference): more of the energy falls into the object's box at {energy.count(1)}, less at"
+        f"Grad-CAM of ConvMix against the last stage's, at {len(energy)} layers of {arch} ({JUDGED.lower()} of the"
+        f" paired difference): more of the energy falls into the object's box at {energy.count(1)}, less at"
         f" {energy.count(-1)}; the map is wider at {area.count(1)}, narrower at {area.count(-1)}. A wider view counts"
         f" only where the energy in the box rises too: at {wider}."
         f"{'' if wider else ' These runs do not show the wider view that the paper reports.'}"
@@ -435,8 +497,11 @@ def saliency_table(rows: Sequence[Saliency]) -> str:
                 theirs, ours = ({s: 100 * getattr(row, measure) for s, row in rows.items()} for rows in (base, by_seed))
                 difference = paired(theirs, ours) if scheme != LAST else None
                 cells.append(f"{mean(ours.values()):.1f}" + (f", {show_difference(difference)}" if difference else ""))
-            lines.append([*cells, f"{mean(100 * row.chance for row in by_seed.values()):.1f}"])
+            cells.append(f"{mean(100 * row.chance for row in by_seed.values()):.1f}")
+            cells.append(f"{mean(100 * row.empty / row.count for row in by_seed.values()):.1f}")
+            lines.append([*cells, f"{mean(row.randomised for row in by_seed.values()):.2f}"])
     header = ["", "scheme", "seeds", "images", *(f"{text}, %" for text in MEASURES.values()), "energy by chance, %"]
+    header += ["empty maps, %", "correlation with the untrained net's"]
     return markdown(header, lines)
 
 
@@ -444,30 +509,39 @@ def saliency_table(rows: Sequence[Saliency]) -> str:
 
 RULE = (
     "On a tenth of the training images, not trained on; the standard error is that of the seeds within the settings."
-    " Settings with one pair of runs count only for those that have no others."
+    f" Settings with fewer than {FEW_PAIRS} pairs of runs count only for those that have no others."
     " Declared before the runs: a variant replaces the default where it is the best of those that meet the cost bars"
-    " and its mean difference is more than two standard errors above zero. `no_residual`, which cannot start warm and"
-    " whose map is the same in every cell, is no candidate."
+    " and its mean difference is more than two standard errors above zero. By way of exception `no_residual`, which"
+    " cannot start warm and whose map is the same in every cell, is no candidate."
 )
 OWN, SAME = "each at the learning rate that is best for it on the hold-out", "all at one learning rate"
 NOTHING = "No run is recorded yet."
 SPEED = "All at the recipe's learning rate, which compares how fast they learn before anything else:"
 RATES = "Differences are paired by seed. Every rate that was tried: below, with every scheme on the hold-out."
 TREND = (
-    "Page's test asks whether the relative reduction of the error grows along a series. Training images are varied at"
-    " about equal steps: as many fewer epochs as there are more images. Along the number of classes the images a class"
-    " and the epochs stay, so that the steps grow."
+    "Page's test asks whether the relative reduction of the error grows along a series; whether it falls was not"
+    " declared. Training images are varied at about equal steps: as many fewer epochs as there are more images. Along"
+    " the number of Tiny-ImageNet's classes the images a class and the epochs stay, so that the steps grow; from"
+    " CIFAR-10 to CIFAR-100 the images and the steps stay, so that the images a class fall."
 )
 FORMERLY = (
     f"**With a former default, `{FORMER}`.** Here ConvMix is this mixer, and the"
     f" control is of its form; elsewhere they are called `{FORMER}` and `{CONTROL}-{FORMER}`."
 )
+MAPS = (
+    "Empty maps, where no gradient is positive, are left out, so that the two schemes' means are not over quite the"
+    " same images. The rank correlation is that of a map with the map of the same net before training, seeded otherwise"
+    " (Adebayo et al. 2018): near zero where maps depend on what was learned."
+)
+CALIBRATION = {"ece": "expected calibration error, %"}
+FIT = {"train_loss": "training loss", "gap": "test loss minus training loss"}
 WHICH = "Which variant is the default?"
 EXPLANATION = (
     "Mean ± standard error over seeds, of the last epoch on the test images; differences are paired by seed, with their"
     " 95 % bootstrap interval (BCa). p: exact sign-flip test, corrected by Holm's method for the two tests declared"
     " beforehand; bold where a difference is claimed. The control is the mixer, or a branch of it, on the"
-    " deepest stage alone, of as many parameters."
+    " deepest stage alone, of as many parameters. In a setting all seeds train on the same images and are scored on the"
+    " same ones: interval and p speak of new trainings, not of new images."
 )
 
 
@@ -506,16 +580,21 @@ def questions(
     tunings = tunings_of(conditions)
     at_best, at_one = tuned_candidates(tunings), candidates(conditions)
     series = series_of(proof)
+    others = [peer for peer in PEERS if peer != LAST]
     asked = [
         Question("Does ConvMix beat the last stage and the control?", answers(scratch), (claims(scratch), EXPLANATION)),
         Question("Is it only the learning rate?", tuned(tunings), (tuned_table(tunings), RATES)),
         Question(
             WHICH,
-            chosen(at_best, OWN) or chosen(at_one, SAME),
+            chosen(at_best, OWN, unsettled(tunings)) or chosen(at_one, SAME),
             (RULE, choice(at_best), SPEED, choice(at_one)),
         ),
-        Question("And the peers?", against(scratch, "peers", [peer for peer in PEERS if peer != LAST])),
-        Question("And the former defaults?", against(best, f"former defaults, {OWN}", DEFAULTS)),
+        Question("And the peers?", against(scratch, "peers", others), (against_table(scratch, others),)),
+        Question(
+            "And the former defaults?",
+            against(best, f"former defaults, {OWN}", DEFAULTS),
+            (against_table(best, DEFAULTS),),
+        ),
         Question(
             "Does the gain grow with the problem, and with the model?",
             grows(series),
@@ -530,13 +609,13 @@ def questions(
         Question(
             "Is the view wider, and does it rest on the object?",
             view(boxes),
-            (saliency_table(boxes), commands(boxes)),
+            (saliency_table(boxes), MAPS, commands(boxes)),
         ),
         Question(
             "Does it help on corrupted images?", robust(corrupted), (robustness_table(corrupted), commands(corrupted))
         ),
-        Question("Is it better calibrated?", calibration(proof)),
-        Question("Does it regularise?", fit(proof)),
+        Question("Is it better calibrated?", calibration(proof), (columns_table(proof, CALIBRATION),)),
+        Question("Does it regularise?", fit(proof), (columns_table(proof, FIT),)),
     ]
     return [question for question in asked if question.sentence]
 
