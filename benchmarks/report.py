@@ -581,6 +581,7 @@ def questions(
     at_best, at_one = tuned_candidates(tunings), candidates(conditions)
     series = series_of(proof)
     others = [peer for peer in PEERS if peer != LAST]
+    controls = list(dict.fromkeys(s for c in best for s in c.runs if s.startswith(f"{CONTROL}-")))
     asked = [
         Question("Does ConvMix beat the last stage and the control?", answers(scratch), (claims(scratch), EXPLANATION)),
         Question("Is it only the learning rate?", tuned(tunings), (tuned_table(tunings), RATES)),
@@ -588,6 +589,9 @@ def questions(
             WHICH,
             chosen(at_best, OWN, unsettled(tunings)) or chosen(at_one, SAME),
             (RULE, choice(at_best), SPEED, choice(at_one)),
+        ),
+        Question(
+            "And controls of other forms?", against(best, "other controls", controls), (against_table(best, controls),)
         ),
         Question("And the peers?", against(scratch, "peers", others), (against_table(scratch, others),)),
         Question(

@@ -393,6 +393,11 @@ def test_the_declared_tests_with_a_rate_for_each_scheme():
     assert grid.scheme == "grid"
     assert (grid.mean, grid.error) == (1, 0)
     assert "| grid | +1.00 ± 0.00 | 1 | 3 |" in report.document(conditions, [], [])
+    other = [replace(row, scheme="control-blend") for row in rows if row.scheme == "control"]
+    assert (
+        "- **And controls of other forms?** ConvMix's accuracy against the other controls, by interval and uncorrected"
+        " sign-flip test: `control-blend`: higher in 1 of 1 settings.\n"
+    ) in report.summary(comparisons.conditions_of([*rows, *other]))
     without = [row for row in rows if (row.scheme, row.lr) != ("convmix", 0.05)]  # its best is the lowest rate tried
     assert comparisons.at_best_rates(comparisons.conditions_of(without)) == []
     untested = [row for row in rows if (row.split, row.scheme, row.lr) != ("test", "last", 0.4)]
