@@ -57,7 +57,7 @@ from benchmarks.comparisons import (
     verdicts,
 )
 from benchmarks.figures import DIFFERENCES, FIGURES, figures, plot, stale_figures
-from benchmarks.robustness import CLEAN, Robustness
+from benchmarks.robustness import CLEAN, SEVERITIES, STRENGTHS, Robustness
 from benchmarks.saliency import MEASURES, Saliency
 from benchmarks.schemes import CHANGES, PEERS
 from benchmarks.timing import README, RESULTS, ROOT, markdown, read_rows_of, show_tables
@@ -528,6 +528,11 @@ FORMERLY = (
     f"**With a former default, `{FORMER}`.** Here ConvMix is this mixer, and the"
     f" control is of its form; elsewhere they are called `{FORMER}` and `{CONTROL}-{FORMER}`."
 )
+CORRUPTED = (
+    f"Means over the severities {', '.join(map(str, SEVERITIES))} of Hendrycks & Dietterich 2019 for 32 pixels,"
+    " whatever the size here:"
+    f" {'; '.join(' '.join([name, ', '.join(map(str, values))]) for name, values in STRENGTHS.items())}."
+)
 MAPS = (
     "Empty maps, where no gradient is positive, are left out, so that the two schemes' means are not over quite the"
     " same images. The rank correlation is that of a map with the map of the same net before training, seeded otherwise"
@@ -616,7 +621,9 @@ def questions(
             (saliency_table(boxes), MAPS, commands(boxes)),
         ),
         Question(
-            "Does it help on corrupted images?", robust(corrupted), (robustness_table(corrupted), commands(corrupted))
+            "Does it help on corrupted images?",
+            robust(corrupted),
+            (robustness_table(corrupted), CORRUPTED, commands(corrupted)),
         ),
         Question("Is it better calibrated?", calibration(proof), (columns_table(proof, CALIBRATION),)),
         Question("Does it regularise?", fit(proof), (columns_table(proof, FIT),)),
