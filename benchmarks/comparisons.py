@@ -216,11 +216,13 @@ def name_of(settings: Settings) -> str:
 
 
 def title(settings: Settings) -> str:
-    """What a setting is about: data set, part of it, size, backbone, start."""
+    """What a setting is about: data set, part of it, size, backbone, length, warm-up, start."""
     words = [f"{name_of(settings)}, {settings.classes} classes"]
     if settings.fraction < 1:
         words.append(f"{settings.images} images")
     words.append(f"{settings.size} px, {settings.arch}, {settings.epochs} epochs")
+    if settings.warmup:
+        words.append(f"warm-up {settings.warmup:g}")
     if settings.lr != RATE:
         words.append(f"learning rate {settings.lr:g}" if settings.lr != BEST else "each at its best learning rate")
     if settings.init:

@@ -39,7 +39,7 @@ def run(scheme, seed, top1, **changes):
             lr=0.1,
             momentum=0.9,
             weight_decay=5e-4,
-            warmup=0.05,
+            warmup=0.0,
             smoothing=0.0,
             padding=4,
             init="",
@@ -275,6 +275,7 @@ def test_a_title_says_what_a_setting_started_from():
     warm = replace(settings, init="tiny/{arch}-last-{seed}.safetensors")
     assert comparisons.title(warm).endswith(", fine-tuned from the plain nets of tiny")
     assert comparisons.title(replace(warm, freeze=1, init="a/b")).endswith(", linear probe from a/b")
+    assert ", 3 epochs, warm-up 0.1, fine-tuned" in comparisons.title(replace(warm, warmup=0.1))
 
 
 def test_the_best_variant_of_the_selection():
