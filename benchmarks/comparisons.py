@@ -232,6 +232,11 @@ def title(settings: Settings) -> str:
     return ", ".join(words)
 
 
+def named(settings: Settings) -> str:
+    """Its title where the learning rates stand beside it, or are told of all."""
+    return title(replace(settings, lr=RATE))
+
+
 def is_proof(condition: Condition) -> bool:
     """Whether it was scored on the test images."""
     return condition.settings.split == "test"

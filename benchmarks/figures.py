@@ -19,10 +19,10 @@ from benchmarks.comparisons import (
     all_runs,
     backbones,
     name_of,
+    named,
     proofs,
     series_of,
     standard_error,
-    title,
 )
 from benchmarks.timing import ROOT
 
@@ -54,7 +54,7 @@ def list_drawings(proof: Sequence[Condition]) -> dict[str, Drawing]:
     """
     drawings: dict[str, Drawing] = {}
     if tested := [c for c in proof if c.difference(LAST, CONVMIX) or c.difference(CONTROL, CONVMIX)]:
-        size = 7, 1.3 + 0.7 * len(tested)
+        size = 7, 1.3 + 0.6 * len(tested)
         drawings[DIFFERENCES] = Drawing(FIGURE, size, partial(draw_differences, tested=tested))
     series = series_of(proof)
     for what in dict.fromkeys(one.what for one in series):
@@ -130,7 +130,7 @@ def draw_differences(axes: Any, tested: Sequence[Condition]) -> None:
         axes.errorbar(means, heights, xerr=spread, fmt="o", capsize=3, color=color, label=f"to the {NAMES[base]}")
     axes.axvline(0, color="grey", linewidth=0.8)
     axes.set(xlabel="top-1 of ConvMix minus theirs, points", ylim=(len(tested) - 0.5, -0.5))
-    axes.set_yticks(range(len(tested)), [fill(title(c.settings), 30) for c in tested], fontsize="small")
+    axes.set_yticks(range(len(tested)), [fill(named(c.settings), 34) for c in tested], fontsize="small")
     axes.legend(fontsize="small", ncols=2, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
@@ -146,7 +146,7 @@ def draw_series(axes: Any, series: Sequence[Series], what: str) -> None:
     ticks = sorted({position for one in series for position, _ in one.table()})
     axes.set_xticks(ticks, [f"{tick / 1e6:.3g} M" if tick >= 1e6 else f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", ncols=2, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
 def draw_cost(axes: Any, conditions: Sequence[Condition], dataset: str) -> None:
@@ -160,6 +160,6 @@ def draw_cost(axes: Any, conditions: Sequence[Condition], dataset: str) -> None:
     for c in conditions:
         at = mean(c.values(LAST, "macs")) / 1e6, mean(c.values(LAST))
         axes.annotate(c.settings.arch, at, xytext=(0, -18), textcoords="offset points", ha="center", fontsize="small")
-    axes.margins(0.2)
+    axes.margins(x=0.3, y=0.2)
     axes.set(xlabel="million MACs", ylabel="top-1, % (± standard error)", xscale="log", title=dataset)
     axes.legend(fontsize="small")

@@ -28,7 +28,6 @@ from benchmarks.comparisons import (
     LAST,
     LEVEL,
     NAMES,
-    RATE,
     TESTS,
     Candidate,
     Condition,
@@ -44,6 +43,7 @@ from benchmarks.comparisons import (
     former_conditions,
     former_rows,
     is_proof,
+    named,
     paired,
     proofs,
     rows_at_best_rates,
@@ -125,11 +125,6 @@ def whole_command(argv: str) -> str:
         if not dropping:
             kept.append(word)
     return shlex.join(kept)
-
-
-def named(settings: Settings) -> str:
-    """Its title where the learning rates stand beside it."""
-    return title(replace(settings, lr=RATE))
 
 
 # Answers: a sentence and a table a question ---------------------------------------------------------------------------
