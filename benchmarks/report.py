@@ -137,25 +137,41 @@ def count_words(found: Sequence[int | None]) -> str:
     return f"{', '.join(counts)} of {len(found)}"
 
 
-def chosen(found: Sequence[Candidate], at: str, open_ended: Sequence[str] = ()) -> str:
+def chosen(found: Sequence[Candidate], at: str, tunings: Sequence[Tuning] = ()) -> str:
     """Whether a candidate does better than the default, in words.
 
     Args:
         found: The candidates.
         at: At which learning rate.
-        open_ended: Those whose best rate may lie beyond what was tried.
+        tunings: The hold-outs that they come from, where each has a rate of its own.
     """
     if not found:
         return ""
-    better = [f"`{one.scheme}`" for one in found if one.error is not None and one.mean > 2 * one.error]
+    better = [
+        f"`{one.scheme}` (its mean is below the plain backbone's on {below_plain(tunings, one.scheme) or 'none'})"
+        for one in found
+        if one.error is not None and one.mean > 2 * one.error
+    ]
     worse = sum(one.error is not None and one.mean < -2 * one.error for one in found)
     few = ", ".join(f"`{one.scheme}`" for one in found if one.error is None)
-    beyond = ", ".join(f"`{scheme}`" for scheme in open_ended)
+    beyond = ", ".join(f"`{scheme}`" for scheme in unsettled(tunings))
     return (
         f"Of {len(found)} variants beside the default, on the hold-out, {at}, {worse} are more than two standard errors"
         f" worse; more than two standard errors better: {', '.join(better) or 'none'}"
         f"{f'; of fewer than {FEW_PAIRS} pairs of runs, so not judged: {few}' * bool(few)}"
         f"{f'; best at the end of the rates tried, so not judged: {beyond}' * bool(beyond)}."
+        f" The default's mean is below the plain backbone's on {below_plain(tunings, CONVMIX) or 'none'}."
+    )
+
+
+def below_plain(tunings: Sequence[Tuning], scheme: str) -> str:
+    """On which hold-outs with enough pairs a scheme's mean is below the plain backbone's, and by how much."""
+    held = [tuning for tuning in tunings if scheme in tuning.schemes()]
+    found = {named(tuning.settings): tuning.difference(LAST, scheme) for tuning in held}
+    return "; ".join(
+        f"{name}: {show_difference(difference)}"
+        for name, difference in found.items()
+        if difference and len(difference.values) >= FEW_PAIRS and difference.mean < 0
     )
 
 
@@ -587,7 +603,7 @@ def questions(
         Question("Is it only the learning rate?", tuned(tunings), (tuned_table(tunings), RATES)),
         Question(
             WHICH,
-            chosen(at_best, OWN, unsettled(tunings)) or chosen(at_one, SAME),
+            chosen(at_best, OWN, tunings) or chosen(at_one, SAME),
             (RULE, choice(at_best), SPEED, choice(at_one)),
         ),
         Question(

@@ -483,6 +483,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     # what the stages are multiplied by, or in 'blend' everything: 1 / number by default, or half or twice of it
     "share0.5": dict(share=0.5),
     "share2": dict(share=2.0),
+    "share3": dict(share=3.0),
     # where it mixes: after global pooling by default; the grid takes averages
     "grid": dict(grid=True),
     # an activation: none by default

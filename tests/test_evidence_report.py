@@ -290,16 +290,16 @@ def test_the_best_variant_of_the_selection():
     text = report.choice(found)
     assert report.chosen(found, "so") == (
         "Of 2 variants beside the default, on the hold-out, so, 1 are more than two standard errors worse; more than"
-        " two standard errors better: `grid`."
+        " two standard errors better: `grid` (its mean is below the plain backbone's on none). The default's mean is"
+        " below the plain backbone's on none."
     )
-    assert report.chosen(found, "so", ["gate"]).endswith("; best at the end of the rates tried, so not judged: `gate`.")
     error = 0.3 / 3**0.5 / 2**0.5  # of a setting's three seeds; of two settings
     assert text.splitlines()[2:] == [f"| grid | +1.80 ± {error:.2f} | 2 | 6 |", "| gem | -0.50 ± 0.00 | 1 | 3 |"]
     found = comparisons.candidates(comparisons.conditions_of([row for row in rows if row.seed < 2]))
     assert "| grid | +1.65 | 2 | 4 |" in report.choice(found)
     assert report.chosen(found, "so").endswith(
         ", so, 0 are more than two standard errors worse; more than two standard errors better: none; of fewer"
-        " than 3 pairs of runs, so not judged: `grid`, `gem`."
+        " than 3 pairs of runs, so not judged: `grid`, `gem`. The default's mean is below the plain backbone's on none."
     )
     flat = [run("no_residual", seed, 99, split="holdout") for seed in range(3)]  # cannot start warm
     assert report.choice(comparisons.candidates(comparisons.conditions_of([*rows, *flat]))) == text
@@ -341,6 +341,16 @@ def test_each_scheme_at_the_learning_rate_that_suits_it():
     assert f"in 1 of 2 settings; the difference is -0.90 points ({name}) to +5.10 points (" in text
     assert comparisons.tunings_of([c for c in conditions if c.settings.lr == 0.1]) == []
     assert tuning.settled() == ["convmix"]  # the highest rate tried is the last stage's best
+    ahead = [replace(row, scheme="gem", top1=row.top1 + 0.1) for row in rows if row.scheme == "convmix"]
+    alone = [replace(row, scheme="gelu") for row in rows if (row.scheme, row.lr) == ("convmix", 0.1)]
+    open_ended = [replace(row, scheme="gelu") for row in rows if (row.scheme, row.lr) == ("convmix", 0.05)]
+    tunings = comparisons.tunings_of(comparisons.conditions_of([*rows, *ahead, *alone, *open_ended]))
+    assert report.chosen(comparisons.tuned_candidates(tunings), "so", tunings) == (
+        "Of 1 variants beside the default, on the hold-out, so, 0 are more than two standard errors worse; more than"
+        f" two standard errors better: `gem` (its mean is below the plain backbone's on {name}: -0.80 (-0.90 to"
+        " -0.70)); best at the end of the rates tried, so not judged: `gelu`. The default's mean is below the plain"
+        f" backbone's on {name}: -0.90 (-1.00 to -0.80)."
+    )
     lucky = run("convmix", 0, 55.0, split="holdout", lr=0.0125), run("convmix", 3, 99.0, split="holdout", lr=0.0125)
     (tuning,) = comparisons.tunings_of(comparisons.conditions_of([*rows, *lucky]))
     assert tuning.best("convmix").settings.lr == 0.1  # by the seed that has run at all rates
