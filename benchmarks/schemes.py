@@ -480,7 +480,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "one_branch_linear": dict(base="convmix", act="none", deepest=True),
     "single": dict(base="convmix"),
     "one_branch": dict(base="convmix", deepest=True),
-    # what the stages are multiplied by, or in 'blend' everything: 1 / number by default, or half or twice of it
+    # what the stages are multiplied by, or in 'blend' everything: 1 / number by default, or a multiple of it
     "share0.5": dict(share=0.5),
     "share2": dict(share=2.0),
     "share3": dict(share=3.0),
