@@ -361,8 +361,8 @@ class AddConvMix(PooledMixer):
     ``final + linear(concat(layer_norm(max(tap)) for tap in taps)) / number of taps``, broadcast over the grid. The
     linear layer starts as one of each tap alone would, so that all count alike at first. Where it has low rank, a layer
     norm without parameters stands between its two matrices: their bare product diverges in a ResNet-50 at the learning
-    rate 0.1. Chosen over BlendConvMix, with which it is level over all hold-outs, because it is on none of them below
-    the plain backbone: docs/experiments.md.
+    rate 0.1. Chosen over BlendConvMix because it is on no hold-out below the plain backbone; docs/experiments.md tells
+    where BlendConvMix is ahead of it.
 
     Args:
         in_channels: Position of each tapped stage -> its channels, shallow to deep.
