@@ -1,12 +1,12 @@
 """Runs of the evidence harness, compared: paired differences, the declared tests, the declared series.
 
-Declared before any run: in each setting ConvMix is tested against the last stage alone and against the control, on the
-test images, by an exact sign-flip test of the paired differences, the two p values corrected by Holm's method; a
-difference is claimed where the corrected p is below 0.05 and the bootstrap interval excludes zero. Whether the
+Declared: in each setting ConvMix is tested against the last stage alone and against the control, on the test images, by
+an exact sign-flip test of the paired differences, the two p values corrected by Holm's method; a difference is claimed
+where eight pairs or more were run, the corrected p is below 0.05 and the bootstrap interval excludes zero. Whether the
 relative reduction of the error grows along a series of settings is tested by Page's trend test with the seeds as
 blocks; images are varied at equal steps. A variant replaces the default mixer where its mean difference to it over the
 selection settings is the highest of those that meet the cost bars and more than two standard errors above zero.
-Everything else is description.
+Everything else is description. docs/experiments.md tells what of this was added when there were runs already.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

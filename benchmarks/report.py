@@ -148,31 +148,32 @@ def chosen(found: Sequence[Candidate], at: str, tunings: Sequence[Tuning] = ()) 
     if not found:
         return ""
     better = [
-        f"`{one.scheme}` (its mean is below the plain backbone's on {below_plain(tunings, one.scheme) or 'none'})"
+        f"`{one.scheme}`" + (f" (its {below_plain(tunings, one.scheme)})" if tunings else "")
         for one in found
         if one.error is not None and one.mean > 2 * one.error
     ]
     worse = sum(one.error is not None and one.mean < -2 * one.error for one in found)
     few = ", ".join(f"`{one.scheme}`" for one in found if one.error is None)
     beyond = ", ".join(f"`{scheme}`" for scheme in unsettled(tunings))
-    return (
+    text = (
         f"Of {len(found)} variants beside the default, on the hold-out, {at}, {worse} are more than two standard errors"
         f" worse; more than two standard errors better: {', '.join(better) or 'none'}"
         f"{f'; of fewer than {FEW_PAIRS} pairs of runs, so not judged: {few}' * bool(few)}"
         f"{f'; best at the end of the rates tried, so not judged: {beyond}' * bool(beyond)}."
-        f" The default's mean is below the plain backbone's on {below_plain(tunings, CONVMIX) or 'none'}."
     )
+    return text + (f" The default's {below_plain(tunings, CONVMIX)}." if tunings else "")
 
 
 def below_plain(tunings: Sequence[Tuning], scheme: str) -> str:
-    """On which hold-outs with enough pairs a scheme's mean is below the plain backbone's, and by how much."""
+    """On which hold-outs with enough pairs a scheme's mean is below the plain backbone's, and by how much, in words."""
     held = [tuning for tuning in tunings if scheme in tuning.schemes()]
     found = {named(tuning.settings): tuning.difference(LAST, scheme) for tuning in held}
-    return "; ".join(
+    below = "; ".join(
         f"{name}: {show_difference(difference)}"
         for name, difference in found.items()
         if difference and len(difference.values) >= FEW_PAIRS and difference.mean < 0
     )
+    return f"mean is below the plain backbone's on {below or 'none'}"
 
 
 def choice(found: Sequence[Candidate]) -> str:
@@ -523,7 +524,8 @@ RULE = (
     f" Settings with fewer than {FEW_PAIRS} pairs of runs count only for those that have no others."
     " Declared before the runs: a variant replaces the default where it is the best of those that meet the cost bars"
     " and its mean difference is more than two standard errors above zero. By way of exception `no_residual`, which"
-    " cannot start warm and whose map is the same in every cell, is no candidate."
+    " cannot start warm and whose map is the same in every cell, is no candidate. Added later, a judgement: the mean of"
+    " a default is on no hold-out below the plain backbone's ([how it came about](experiments.md))."
 )
 OWN, SAME = "each at the learning rate that is best for it on the hold-out", "all at one learning rate"
 NOTHING = "No run is recorded yet."
