@@ -136,6 +136,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, rest = parser.parse_known_args(argv)
     options = accuracy.build_parser()
     options.set_defaults(lr=BEST)
+    options.prog = parser.prog
     args = options.parse_args(rest)
     if args.select or args.lr != BEST:
         parser.error("this chooses the learning rate, on the hold-out: leave out --lr and --select.")

@@ -567,6 +567,9 @@ def test_each_scheme_is_scored_at_the_rate_that_was_best_on_the_hold_out(data, t
         with pytest.raises(SystemExit):
             tuning.main([*words, *wrong])
         assert why in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tuning.main(["--data", "x"])
+    assert "benchmarks.tuning: error: the following arguments are required:" in capsys.readouterr().err
 
 
 def test_a_compiled_run_learns_what_an_eager_one_does(command, monkeypatch):
