@@ -26,9 +26,9 @@ from benchmarks.schemes import PEERS, changes_of
 
 LAST, CONTROL, CONVMIX = "last", "control", "convmix"
 NAMES = {LAST: "last stage", CONTROL: "control", CONVMIX: "ConvMix"}
-FORMER = "layerscale"
-"""The scheme of the former default that ran on all images; what was claimed with it stays on record, beside what the
-present one shows."""
+FORMERS = ("add", "layerscale")
+"""Former defaults that ran where the present one did not: in most nets, and on all images. What was claimed with them
+stays on record."""
 LEVEL = 0.05
 PAIRS, FEW_PAIRS = 8, 3
 """How many pairs a claim rests on at least, and how many a variant is judged by."""
@@ -190,19 +190,22 @@ def conditions_of(runs: Iterable[Run]) -> list[Condition]:
     return [Condition(settings, by_scheme) for settings, by_scheme in groups.items()]
 
 
-BEFORE = {FORMER: CONVMIX, f"{CONTROL}-{FORMER}": CONTROL} | {peer: peer for peer in PEERS}
-"""What stood for ConvMix and its control while ``FORMER`` was the default, and what they are compared with."""
+def names_under(former: str) -> dict[str, str]:
+    """What stood for ConvMix and its control while a scheme was the default, and what they are compared with."""
+    return {former: CONVMIX, f"{CONTROL}-{former}": CONTROL} | {peer: peer for peer in PEERS}
 
 
-def former_conditions(conditions: Iterable[Condition]) -> list[Condition]:
-    """Conditions as they were while ``FORMER`` was the default, without its variants."""
-    found = (replace(c, runs={BEFORE[s]: runs for s, runs in c.runs.items() if s in BEFORE}) for c in conditions)
+def former_conditions(conditions: Iterable[Condition], former: str) -> list[Condition]:
+    """Conditions as they were while ``former`` was the default, without its variants."""
+    names = names_under(former)
+    found = (replace(c, runs={names[s]: runs for s, runs in c.runs.items() if s in names}) for c in conditions)
     return [condition for condition in found if condition.runs]
 
 
-def former_rows(rows: Iterable[Row]) -> list[Row]:
+def former_rows(rows: Iterable[Row], former: str) -> list[Row]:
     """Rows of what was measured on saved nets, as ``former_conditions``."""
-    return [replace(row, scheme=BEFORE[row.scheme]) for row in rows if row.scheme in BEFORE]
+    names = names_under(former)
+    return [replace(row, scheme=names[row.scheme]) for row in rows if row.scheme in names]
 
 
 def shared_settings(row: Settings) -> Settings:

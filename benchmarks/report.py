@@ -24,7 +24,7 @@ from benchmarks.comparisons import (
     CONTROL,
     CONVMIX,
     FEW_PAIRS,
-    FORMER,
+    FORMERS,
     LAST,
     LEVEL,
     NAMES,
@@ -538,9 +538,10 @@ TREND = (
     " CIFAR-10 to CIFAR-100 the images and the steps stay, so that the images a class fall."
 )
 FORMERLY = (
-    f"**With a former default, `{FORMER}`.** Here ConvMix is this mixer, and the"
-    f" control is of its form; elsewhere they are called `{FORMER}` and `{CONTROL}-{FORMER}`."
+    "**With a former default, `{former}`.** Here ConvMix is this mixer, and the control is of its form; elsewhere they"
+    f" are called `{{former}}` and `{CONTROL}-{{former}}`."
 )
+ONLY = "Only what is not shown above."
 CORRUPTED = (
     f"Means over the severities {', '.join(map(str, SEVERITIES))} of Hendrycks & Dietterich 2019 for 32 pixels,"
     " whatever the size here:"
@@ -656,11 +657,21 @@ def tested(conditions: Sequence[Condition]) -> str:
     return f"{claims(made)}\n\n{provenance(all_runs(shown))}" if made else ""
 
 
+def where(condition: Condition) -> Settings:
+    """A setting, whatever the learning rate."""
+    return replace(condition.settings, lr=BEST)
+
+
+def run_with_convmix(conditions: Iterable[Condition]) -> set[Settings]:
+    """The settings that ConvMix was run in."""
+    return {where(condition) for condition in conditions if CONVMIX in condition.runs}
+
+
 def summary(
     conditions: Sequence[Condition], corrupted: Sequence[Robustness] = (), boxes: Sequence[Saliency] = ()
 ) -> str:
     """The README's part."""
-    proof, before = proofs(conditions), former_conditions(conditions)
+    proof = proofs(conditions)
     asked = questions(conditions, corrupted, boxes, "docs/figures")
     parts = []
     if table := tested(proof):
@@ -668,10 +679,16 @@ def summary(
         parts.append(figures(proof, "docs/figures", DIFFERENCES))
     parts.append(listed(asked))
     parts += [figures(proof, "docs/figures", start) for start in ("gain-", "cost-")]
-    if table := tested(proofs(before)):
-        answered = {question.text for question in asked}
-        formerly = questions(before, former_rows(corrupted), former_rows(boxes), None)
-        parts += [FORMERLY, table, listed([one for one in formerly if one.text not in answered])]
+    shown = run_with_convmix(proof)
+    answered = {question.text for question in asked}
+    for former in FORMERS:
+        before = former_conditions(conditions, former)
+        fresh = [condition for condition in proofs(before) if where(condition) not in shown]
+        if table := tested(fresh):
+            shown |= run_with_convmix(fresh)
+            asked = questions(before, former_rows(corrupted, former), former_rows(boxes, former), None)
+            rest = [question for question in asked if question.text not in answered]
+            parts += [f"{FORMERLY.format(former=former)} {ONLY}", table, listed(rest)]
     return "\n\n".join(filter(None, parts)) or NOTHING
 
 
@@ -681,12 +698,13 @@ def document(conditions: Sequence[Condition], corrupted: Sequence[Robustness], b
     parts.append(figures(proofs(conditions), "figures", DIFFERENCES))
     for question in questions(conditions, corrupted, boxes, "figures"):
         parts += [f"## {question.text}", question.sentence, *question.evidence]
-    before = former_conditions(conditions)
-    if tested(proofs(before)):
-        parts += ["## A former default", FORMERLY]
-        for question in questions(before, former_rows(corrupted), former_rows(boxes), None):
-            if question.text != WHICH:
-                parts += [f"### {question.text}", question.sentence, *question.evidence]
+    for former in FORMERS:
+        before = former_conditions(conditions, former)
+        if tested(proofs(before)):
+            parts += [f"## A former default: {former}", FORMERLY.format(former=former)]
+            for question in questions(before, former_rows(corrupted, former), former_rows(boxes, former), None):
+                if question.text != WHICH:
+                    parts += [f"### {question.text}", question.sentence, *question.evidence]
     for heading, explanation, chosen_conditions in (
         (
             "Every scheme, on the test images",

@@ -468,8 +468,9 @@ OWN_CLASSIFIERS = {name for name, make in PEERS.items() if isinstance(make, type
 
 CHANGES: dict[str, dict[str, Any]] = {
     "convmix": {},
-    # mixers that were the default before: the mean of stages and final map; both in branches of their own, added to the
-    # final map
+    # mixers that were the default before: by the maximum alone; the mean of stages and final map; both in branches of
+    # their own, added to the final map
+    "add": dict(base="add"),
     "blend": dict(base="blend"),
     "avgmax": dict(base="avgmax"),
     "layerscale": dict(base="layerscale"),
@@ -501,8 +502,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "norm_l2": dict(norm="l2"),
     "norm_rms": dict(norm="rms"),
     "norm_running": dict(norm="running"),
-    # how it pools the taps: by their maximum by default
-    "pool_avgmax": dict(pool="avgmax"),
+    # how it pools the taps: by average and maximum by default; 'add' by the maximum
     "pool_avg": dict(pool="avg"),
     "gem": dict(pool="gem"),
     # the rank of the linear layers: the mixer's own by default, or full where that is smaller; divisor is read by
@@ -529,6 +529,7 @@ CHANGES_OF_BRANCHES: dict[str, dict[str, Any]] = {
     "gain1": dict(gain=1.0),
     "gain3": dict(gain=3.0),
     # how everything is pooled, or the taps alone, or the final map alone
+    "pool_avgmax": dict(pool="avgmax"),
     "max": dict(pool="max"),
     "max_taps": dict(pool="max", pool_final="avg"),
     "avgmax_final": dict(pool_final="avgmax"),
@@ -537,6 +538,7 @@ CHANGES_OF_BRANCHES: dict[str, dict[str, Any]] = {
 }
 """Of former defaults, which have gains and a branch of the final map (``layerscale+gain3``), or of the control."""
 BRANCHES: dict[str, dict[str, Any]] = {
+    "add_avgmax": dict(base="add_avgmax", bare=True),
     "add": dict(base="add", bare=True),  # a stronger control than with a layer norm between (``control-normed``)
     "blend": dict(base="blend"),
     "avgmax": dict(base="convmix", act="none", gain=AvgMaxConvMix.start, pool="avgmax"),

@@ -55,7 +55,7 @@ def trained() -> Iterable[Sequence[Any]]:
 
 
 def draw_mixing() -> None:
-    """The diagram of the module: the maxima of the stages are projected, averaged, and added to the final map."""
+    """The diagram of the module: the pooled stages are projected, averaged, and added to the final map."""
     mpl.rcParams["svg.hashsalt"] = "timm-convmix"  # the same file from the same code
     figure, axes = plt.subplots(figsize=(10, 4.2))
     axes.set(xlim=(0, 96), ylim=(0, 39))
@@ -77,7 +77,7 @@ def draw_mixing() -> None:
     for (text, x), before in zip(maps, (9, 23, 38), strict=True):
         box(x, 30, 10, text, "#bfdbfe")
         arrow((before + 0.4, 33.5), (x - 0.4, 33.5))
-        box(x, 16, 10, "maximum\nover the grid,\nlayer norm", "#fde68a")
+        box(x, 16, 10, "average and\nmaximum,\nlayer norm", "#fde68a")
         arrow((x + 5, 29.6), (x + 5, 23.4))
         arrow((x + 5, 15.6), (x + 5, 9.4))
     box(60, 30, 10, "final map\n512 x 7 x 7", "#bfdbfe")

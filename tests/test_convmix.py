@@ -15,6 +15,7 @@ from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg, model_entr
 import timm_convmix
 from timm_convmix import ConvMixNet, FeatureError, HubError, InputError, MixerError, StageError, WeightsError
 from timm_convmix import convmix as registry
+from timm_convmix.mixers import DEFAULT_MIXER
 from timm_convmix.weights.manifest import manifest_path
 
 ARCH = "test_resnet"
@@ -256,10 +257,10 @@ def test_families_keep_their_filters_where_we_look():
     assert not lost, f"timm no longer keeps checkpoint_filter_fn beside {lost}: foreign checkpoints would be refused"
 
 
-@pytest.mark.parametrize("mixer", ["add", "none"])
+@pytest.mark.parametrize("mixer", [DEFAULT_MIXER, "none"])
 def test_local_dir_round_trip(tmp_path, mixer):
     source = timm.create_model(VARIANT, num_classes=6, mixer=mixer, stages=(-2, 0), drop_rate=0.1)
-    if mixer == "add":
+    if mixer != "none":
         torch.nn.init.normal_(source.mixer.expand.weight)
     save_for_hf(source, tmp_path, safe_serialization=True)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -286,7 +287,7 @@ def test_a_changed_pooling_is_saved(tmp_path, arch):
 def test_what_is_saved_is_resolved(tmp_path):
     save_for_hf(timm.create_model(VARIANT), tmp_path, safe_serialization=True)
     arguments = json.loads((tmp_path / "config.json").read_text())["model_args"]
-    assert (arguments["mixer"], arguments["mixer_args"], arguments["stages"]) == ("add", {"rank": 0}, [1, 2, 3])
+    assert (arguments["mixer"], arguments["mixer_args"], arguments["stages"]) == (DEFAULT_MIXER, {"rank": 0}, [1, 2, 3])
 
 
 def test_a_user_wrapped_model_is_saved_under_the_variants_name(tmp_path):

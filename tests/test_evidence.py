@@ -312,7 +312,7 @@ def test_names_of_schemes():
     assert schemes.stages_of(5, before=None) == (0, 1, 2, 3)
     assert schemes.stages_of(3, before=1) == (1,)
     assert {"variant", "scalar"} <= MIXERS.keys()
-    for base, setting, value in (("add", "gain", 1.0), ("blend", "gain", 1.0), ("avgmax", "share", 0.5)):
+    for base, setting, value in (("add_avgmax", "gain", 1.0), ("blend", "gain", 1.0), ("avgmax", "share", 0.5)):
         with pytest.raises(MixerError, match=f"a variant of '{base}' has no {setting}"):
             create_mixer("variant", {0: 4}, 8, base=base, **{setting: value})
     with pytest.raises(MixerError, match="norm='bath' of a variant is none of batch, l2, layer"):
@@ -323,7 +323,7 @@ def test_a_bare_pair_is_one_matrix():
     mixer = create_mixer("variant", {0: 4}, 8, rank=3, bare=True)
     tap, final = torch.randn(2, 4, 4, 4), torch.randn(2, 8, 2, 2)
     matrix = mixer.like.expand.weight @ mixer.like.reduce.weight
-    expected = final + (F.layer_norm(tap.amax((2, 3)), (4,)) @ matrix.T)[:, :, None, None]
+    expected = final + (F.layer_norm((tap.mean((2, 3)) + tap.amax((2, 3))) / 2, (4,)) @ matrix.T)[:, :, None, None]
     torch.testing.assert_close(mixer([tap], final), expected)
     normed = create_mixer("variant", {0: 4}, 8, rank=3)
     normed.load_state_dict(mixer.state_dict())
@@ -350,7 +350,7 @@ def test_a_variant_without_residual_is_the_mix_alone(base):
 
 def test_a_share_scales_what_is_added_or_all_of_a_blend():
     taps, final = [torch.randn(2, 4, 6, 6), torch.randn(2, 6, 4, 4)], torch.randn(2, 8, 3, 3)
-    for base in ("add", "blend"):
+    for base in ("add_avgmax", "add", "blend"):
         released = create_mixer(base, {0: 4, 1: 6}, 8)
         own, twice = (create_mixer("variant", {0: 4, 1: 6}, 8, base=base, share=share) for share in (1, 2))
         for variant in (own, twice):
@@ -358,7 +358,7 @@ def test_a_share_scales_what_is_added_or_all_of_a_blend():
             variant.load_state_dict(variant.state_dict() | weights)
         expected = released(taps, final)
         torch.testing.assert_close(own(taps, final), expected)
-        torch.testing.assert_close(twice(taps, final), 2 * expected - final if base == "add" else 2 * expected)
+        torch.testing.assert_close(twice(taps, final), 2 * expected - final if base != "blend" else 2 * expected)
 
 
 @pytest.mark.parametrize("base", list(schemes.BRANCHES))

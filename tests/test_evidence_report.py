@@ -227,30 +227,32 @@ def test_settings_are_kept_apart():
         comparisons.conditions_of([*paired([0.5]), run("last", 9, 60, data="cd")])
 
 
-def formerly(rows):
-    """Runs of the default before, as they are called now."""
-    names = {"convmix": "layerscale", "control": "control-layerscale"}
+FORMERLY = {former: report.FORMERLY.format(former=former) for former in comparisons.FORMERS}
+
+
+def formerly(rows, former="layerscale"):
+    """Runs of a default before, as they are called now."""
+    names = {"convmix": former, "control": f"control-{former}"}
     return [replace(row, scheme=names.get(row.scheme, row.scheme)) for row in rows]
 
 
-def test_what_was_claimed_with_the_default_before_stays_on_record():
+@pytest.mark.parametrize("former", comparisons.FORMERS)
+def test_what_was_claimed_with_a_default_before_stays_on_record(former):
     now = paired([-value for value in DIFFERENCES])
-    assert report.FORMERLY not in report.summary(comparisons.conditions_of(now))
-    before = [row for row in formerly(paired(DIFFERENCES)) if row.scheme != "last"]  # the same setting and nets
-    grid = [replace(row, scheme="grid") for row in before if row.scheme == "layerscale"]
+    before = [row for row in formerly(paired(DIFFERENCES), former) if row.scheme != "last"]  # the same setting and nets
+    grid = [replace(row, scheme="grid") for row in before if row.scheme == former]
     for rows, to_control in (([*now, *before, *grid], "+0.26"), ([*now, before[0], *before[2::2]], "")):
         conditions = comparisons.conditions_of(rows)
-        first, then = report.summary(conditions).split(report.FORMERLY)
+        first = report.summary(conditions)
+        assert FORMERLY[former] not in first  # the present default was run there
         assert "-0.51 (" in first.splitlines()[2]
-        (line,) = (one for one in then.splitlines() if one.startswith("| noise, 100 classes,"))
+        _, then = report.document(conditions, [], []).split(FORMERLY[former])
+        then = then[: then.index("## Every scheme")]
+        line = next(one for one in then.splitlines() if one.startswith("| noise, 100 classes,"))
         cells = [cell.strip() for cell in line.split("|")]
         assert cells[6].startswith("+0.51 (")
         assert cells[8].startswith(to_control)
         assert bool(cells[4]) is bool(cells[8]) is bool(to_control)
-        assert "**Does ConvMix beat" not in then  # the present default answers that
-        assert "![" not in then
-        _, then = report.document(conditions, [], []).split(report.FORMERLY)
-        then = then[: then.index("## Every scheme")]
         assert (
             "Against the last stage, all at one learning rate, ConvMix's accuracy is higher in 1 of 1 setting" in then
         )
@@ -258,15 +260,28 @@ def test_what_was_claimed_with_the_default_before_stays_on_record():
         assert "![" not in then
 
 
-def test_answers_of_the_default_before_stand_where_the_present_one_has_none():
+def test_answers_of_a_default_before_stand_where_the_present_one_has_none():
     rows = [*paired(DIFFERENCES), *formerly(paired(DIFFERENCES, init="a"))]
-    first, then = report.summary(comparisons.conditions_of(rows)).split(report.FORMERLY)
+    first, then = report.summary(comparisons.conditions_of(rows)).split(FORMERLY["layerscale"])
     assert "**Does it carry over" not in first
     assert "**Does it carry over" in then
+    assert "**Does ConvMix beat" not in then  # the present default answers that
+    assert "![" not in then
     blurred = [robust(scheme, seed, 50.0) for scheme in ("last", "layerscale") for seed in range(3, 9)]
-    first, then = report.summary(comparisons.conditions_of(rows), blurred).split(report.FORMERLY)
+    first, then = report.summary(comparisons.conditions_of(rows), blurred).split(FORMERLY["layerscale"])
     assert "**Does it help on corrupted images?**" not in first
     assert "**Does it help on corrupted images?**" in then
+
+
+def test_a_setting_stands_under_the_last_default_that_was_run_there():
+    last, *older = comparisons.FORMERS
+    both = [row for former in comparisons.FORMERS for row in formerly(paired(DIFFERENCES, init="a"), former)]
+    older_alone = formerly(paired(DIFFERENCES, init="b"), older[0])
+    unique = {(row.scheme, row.seed, row.init): row for row in [*paired(DIFFERENCES), *both, *older_alone]}
+    _, then = report.summary(comparisons.conditions_of(list(unique.values()))).split(FORMERLY[last])
+    then, oldest = then.split(FORMERLY[older[0]])
+    assert ("fine-tuned from a |" in then, "fine-tuned from b |" in then) == (True, False)
+    assert ("fine-tuned from a |" in oldest, "fine-tuned from b |" in oldest) == (False, True)
 
 
 def test_a_title_says_what_a_setting_started_from():

@@ -18,6 +18,7 @@ from timm_convmix import ConvMixError, InputError, PackingError, cli, exporting
 from timm_convmix.convmix import manifest
 from timm_convmix.errors import ExportError, ExtraError
 from timm_convmix.exporting import balanced_sample, export
+from timm_convmix.mixers import DEFAULT_MIXER
 from timm_convmix.prediction import default_model
 
 needs_onnx = pytest.mark.skipif(torch.__version__ < exporting.ONNX_TORCH, reason=f"ONNX: torch {exporting.ONNX_TORCH}")
@@ -91,7 +92,7 @@ def test_a_file_knows_what_it_is(packed, to, tmp_path, capsys, monkeypatch):
     run, facts = read(file)
     assert facts["labels"] == [str(digit) for digit in range(10)]
     assert facts["weights"] == dict(source=str(folder), sha256=packed.record.sha256)
-    assert facts["model"].items() >= dict(architecture=NAME.partition(".")[0], tag=None, mixer="add").items()
+    assert facts["model"].items() >= dict(architecture=NAME.partition(".")[0], tag=None, mixer=DEFAULT_MIXER).items()
     assert facts["versions"]["timm"] == timm.__version__
     transform = create_transform(**facts["preprocessing"])
     with Image.open(PHOTOGRAPHS[0]) as image:

@@ -6,6 +6,7 @@ from timm_convmix.errors import MixerError
 from timm_convmix.mixers import (
     DEFAULT_MIXER,
     MIXERS,
+    AddAvgMaxConvMix,
     AddConvMix,
     AvgMaxConvMix,
     BlendConvMix,
@@ -19,7 +20,7 @@ from timm_convmix.mixers import (
 )
 
 CHANNELS, OUT = {1: 8, 2: 16, 4: 24}, 40
-LEARNED = ["add", "blend", "avgmax", "layerscale", "linear", "dual", "convmix"]
+LEARNED = ["add_avgmax", "add", "blend", "avgmax", "layerscale", "linear", "dual", "convmix"]
 
 
 def maps(batch=2, dtype=torch.float32):
@@ -82,6 +83,16 @@ def test_avgmax_pools_the_taps_by_average_and_maximum():
     halved = [(tap.mean((2, 3), keepdim=True) + tap.flatten(2).max(2).values[:, :, None, None]) / 2 for tap in taps]
     torch.testing.assert_close(mixer(taps, final), average(halved, final))
     assert not torch.allclose(mixer(taps, final), average(taps, final))
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_add_avgmax_pools_the_taps_by_average_and_maximum(rank):
+    mixer, maximum = AddAvgMaxConvMix(CHANNELS, OUT, rank=rank), AddConvMix(CHANNELS, OUT, rank=rank)
+    maximum.load_state_dict(mixer.state_dict())
+    taps, final = maps()
+    halved = [(tap.mean((2, 3), keepdim=True) + tap.flatten(2).max(2).values[:, :, None, None]) / 2 for tap in taps]
+    torch.testing.assert_close(mixer(taps, final), maximum(halved, final))
+    assert not torch.allclose(mixer(taps, final), maximum(taps, final))
 
 
 @pytest.mark.parametrize("rank", [0, 5])
@@ -247,7 +258,7 @@ def test_settings_rebuild_the_mixer(name):
 def test_wrong_names_and_settings_are_refused():
     with pytest.raises(
         MixerError,
-        match=r"Unknown mixer 'fpn'; choose one of 'add', 'blend', 'avgmax', 'layerscale', .*'convmix', 'none'",
+        match=r"Unknown mixer 'fpn'; choose one of 'add_avgmax', 'add', 'blend', 'avgmax', .*'convmix', 'none'",
     ):
         create_mixer("fpn", CHANNELS, OUT)
     with pytest.raises(MixerError, match=r"mixer 'convmix' does not take these settings: .*'width'"):

@@ -12,6 +12,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.utils import freeze
 
 from timm_convmix import ConvMixNet, InputError, StageError
+from timm_convmix.mixers import DEFAULT_MIXER
 
 VARIANT = "convmix_test_resnet"
 
@@ -149,7 +150,11 @@ def test_set_input_size():
     assert model(torch.randn(1, 3, 64, 96)).shape == (1, 2)
     assert get_model_input_config(model)["input_size"] == (3, 64, 96)
     arguments = get_model_args(model)
-    assert (arguments["img_size"], arguments["window_size"], arguments["mixer"]) == ((64, 96), ((4, 4),) * 4, "add")
+    assert (arguments["img_size"], arguments["window_size"], arguments["mixer"]) == (
+        (64, 96),
+        ((4, 4),) * 4,
+        DEFAULT_MIXER,
+    )
     again = timm.create_model("convmix_swin_tiny_patch4_window7_224", **arguments)
     again.load_state_dict(model.state_dict())
     with pytest.raises(InputError, match=r"test_resnet takes any input size"):

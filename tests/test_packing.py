@@ -32,6 +32,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3, random_seed, update_summary
 import timm_convmix
 from timm_convmix import ChecksumError, ManifestError, PackingError, WeightsError
 from timm_convmix import convmix as registry
+from timm_convmix.mixers import DEFAULT_MIXER
 from timm_convmix.weights import manifest as manifests
 from timm_convmix.weights import packing
 from timm_convmix.weights.card import BEGIN, END, format_card
@@ -204,9 +205,8 @@ def test_a_run_is_packed(run, packer):
 
 
 def run_args(model):
-    return json.loads(
-        json.dumps(dict(in_chans=3, global_pool="avg", mixer="add", mixer_args=model.mixer.settings, stages=[0, 2]))
-    )
+    settings = dict(mixer=DEFAULT_MIXER, mixer_args=model.mixer.settings, stages=[0, 2])
+    return json.loads(json.dumps(dict(in_chans=3, global_pool="avg") | settings))
 
 
 def test_the_metrics_are_those_of_the_definition(run, packer, digits):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from timm_convmix import ManifestError, PackingError, cli
+from timm_convmix.mixers import DEFAULT_MIXER
 from timm_convmix.weights.manifest import read_manifest
 from timm_convmix.weights.packing import Images, pack, read_checkpoint
 from timm_convmix.weights.rebuilding import rebuild
@@ -67,7 +68,7 @@ def manifest(pair, tmp_path):
 def released(script, few, folder, *, recipe=RECIPE, dtype="bfloat16"):
     """A pair that ``script`` trained, packed: the manifest."""
     manifest = folder / "released.json"
-    for name, mixer in ((PLAIN, "none"), (NAME, "add")):
+    for name, mixer in ((PLAIN, "none"), (NAME, DEFAULT_MIXER)):
         config = folder / "config.yaml"
         config.write_text(json.dumps(recipe | dict(model_kwargs=dict(mixer=mixer))))
         places = ["-c", config, "--data-dir", few, "--output", folder / "first", "--experiment", name]

@@ -347,7 +347,7 @@ def test_a_model_of_one_channel_is_shown_in_colours():
     assert torch.equal(seen.maps[-1].heat, grad_cam(model, grey).maps[-1].heat[0])
 
 
-@pytest.mark.parametrize("mixer", ["add", "blend"])
+@pytest.mark.parametrize("mixer", ["add_avgmax", "add", "blend"])
 def test_the_same_weights_with_the_mixer_off(pair, mixer):
     model, plain = named(["cat", "dog", "3"], mixer=mixer), pair[1]
     plain.backbone.load_state_dict(model.backbone.state_dict())
