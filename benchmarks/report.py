@@ -147,33 +147,32 @@ def chosen(found: Sequence[Candidate], at: str, tunings: Sequence[Tuning] = ()) 
     """
     if not found:
         return ""
-    better = [
-        f"`{one.scheme}`" + (f" (its {below_plain(tunings, one.scheme)})" if tunings else "")
-        for one in found
-        if one.error is not None and one.mean > 2 * one.error
-    ]
+    better = [one.scheme for one in found if one.error is not None and one.mean > 2 * one.error]
     worse = sum(one.error is not None and one.mean < -2 * one.error for one in found)
     few = ", ".join(f"`{one.scheme}`" for one in found if one.error is None)
     beyond = ", ".join(f"`{scheme}`" for scheme in unsettled(tunings))
     text = (
         f"Of {len(found)} variants beside the default, on the hold-out, {at}, {worse} are more than two standard errors"
-        f" worse; more than two standard errors better: {', '.join(better) or 'none'}"
+        f" worse; more than two standard errors better: {', '.join(f'`{scheme}`' for scheme in better) or 'none'}"
         f"{f'; of fewer than {FEW_PAIRS} pairs of runs, so not judged: {few}' * bool(few)}"
         f"{f'; best at the end of the rates tried, so not judged: {beyond}' * bool(beyond)}."
     )
-    return text + (f" The default's {below_plain(tunings, CONVMIX)}." if tunings else "")
+    if not tunings:
+        return text
+    below = {scheme: below_plain(tunings, scheme) for scheme in dict.fromkeys([CONVMIX, *DEFAULTS, *better])}
+    text += f" The default's mean is below the plain backbone's on {below.pop(CONVMIX) or 'none'}"
+    return text + "".join(f"; that of `{scheme}` on {names}" for scheme, names in below.items() if names) + "."
 
 
 def below_plain(tunings: Sequence[Tuning], scheme: str) -> str:
-    """On which hold-outs with enough pairs a scheme's mean is below the plain backbone's, and by how much, in words."""
+    """On which hold-outs with enough pairs a scheme's mean is below the plain backbone's, and by how much, or ''."""
     held = [tuning for tuning in tunings if scheme in tuning.schemes()]
     found = {named(tuning.settings): tuning.difference(LAST, scheme) for tuning in held}
-    below = "; ".join(
+    return " and ".join(
         f"{name}: {show_difference(difference)}"
         for name, difference in found.items()
         if difference and len(difference.values) >= FEW_PAIRS and difference.mean < 0
     )
-    return f"mean is below the plain backbone's on {below or 'none'}"
 
 
 def choice(found: Sequence[Candidate]) -> str:

@@ -106,7 +106,7 @@ def pool(tap: Tensor, pooling: str = "avg") -> Tensor:
         mean = (tap.sum((2, 3), dtype=wide) / (tap.shape[2] * tap.shape[3])).to(tap.dtype)
     else:
         mean = tap.mean((2, 3))
-    return mean if pooling == "avg" else (mean + maximum) / 2
+    return mean if pooling == "avg" else torch.lerp(mean, maximum, 0.5)
 
 
 class NoMixer(Mixer):
