@@ -361,9 +361,9 @@ def test_each_scheme_at_the_learning_rate_that_suits_it():
     tunings = comparisons.tunings_of(comparisons.conditions_of([*rows, *ahead, *alone, *open_ended]))
     assert report.chosen(comparisons.tuned_candidates(tunings), "so", tunings) == (
         "Of 1 variants beside the default, on the hold-out, so, 0 are more than two standard errors worse; more than"
-        f" two standard errors better: `gem` (its mean is below the plain backbone's on {name}: -0.80 (-0.90 to"
-        " -0.70)); best at the end of the rates tried, so not judged: `gelu`. The default's mean is below the plain"
-        f" backbone's on {name}: -0.90 (-1.00 to -0.80)."
+        " two standard errors better: `gem`; best at the end of the rates tried, so not judged: `gelu`. The default's"
+        f" mean is below the plain backbone's on {name}: -0.90 (-1.00 to -0.80); that of `gem` on {name}: -0.80 (-0.90"
+        " to -0.70)."
     )
     lucky = run("convmix", 0, 55.0, split="holdout", lr=0.0125), run("convmix", 3, 99.0, split="holdout", lr=0.0125)
     (tuning,) = comparisons.tunings_of(comparisons.conditions_of([*rows, *lucky]))
