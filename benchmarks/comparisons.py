@@ -417,11 +417,11 @@ def proofs(conditions: Sequence[Condition]) -> list[Condition]:
     return [*best, *(c for c in others if replace(c.settings, lr=BEST) not in tuned)]
 
 
-def tunings_of(conditions: Iterable[Condition]) -> list[Tuning]:
-    """Those in which both the last stage and ConvMix were run at several learning rates."""
+def tunings_of(conditions: Iterable[Condition], scheme: str = CONVMIX) -> list[Tuning]:
+    """Those in which both the last stage and a scheme were run at several learning rates."""
     groups = alike((c for c in conditions if not is_proof(c)), partial(replace, lr=BEST))
     found = [Tuning(sorted(group, key=lambda c: c.settings.lr)) for group in groups]
-    return [tuning for tuning in found if {LAST, CONVMIX} <= set(tuning.schemes())]
+    return [tuning for tuning in found if {LAST, scheme} <= set(tuning.schemes())]
 
 
 def candidates(conditions: Iterable[Condition]) -> list[Candidate]:

@@ -137,36 +137,36 @@ def count_words(found: Sequence[int | None]) -> str:
     return f"{', '.join(counts)} of {len(found)}"
 
 
-def chosen(found: Sequence[Candidate], at: str, tunings: Sequence[Tuning] = ()) -> str:
+def chosen(found: Sequence[Candidate], at: str, conditions: Sequence[Condition] = ()) -> str:
     """Whether a candidate does better than the default, in words.
 
     Args:
         found: The candidates.
         at: At which learning rate.
-        tunings: The hold-outs that they come from, where each has a rate of its own.
+        conditions: All, where each has a rate of its own.
     """
     if not found:
         return ""
     better = [one.scheme for one in found if one.error is not None and one.mean > 2 * one.error]
     worse = sum(one.error is not None and one.mean < -2 * one.error for one in found)
     few = ", ".join(f"`{one.scheme}`" for one in found if one.error is None)
-    beyond = ", ".join(f"`{scheme}`" for scheme in unsettled(tunings))
+    beyond = ", ".join(f"`{scheme}`" for scheme in unsettled(tunings_of(conditions)))
     text = (
         f"Of {len(found)} variants beside the default, on the hold-out, {at}, {worse} are more than two standard errors"
         f" worse; more than two standard errors better: {', '.join(f'`{scheme}`' for scheme in better) or 'none'}"
         f"{f'; of fewer than {FEW_PAIRS} pairs of runs, so not judged: {few}' * bool(few)}"
         f"{f'; best at the end of the rates tried, so not judged: {beyond}' * bool(beyond)}."
     )
-    if not tunings:
+    if not conditions:
         return text
-    below = {scheme: below_plain(tunings, scheme) for scheme in dict.fromkeys([CONVMIX, *DEFAULTS, *better])}
+    below = {scheme: below_plain(conditions, scheme) for scheme in dict.fromkeys([CONVMIX, *DEFAULTS, *better])}
     text += f" The default's mean is below the plain backbone's on {below.pop(CONVMIX) or 'none'}"
     return text + "".join(f"; that of `{scheme}` on {names}" for scheme, names in below.items() if names) + "."
 
 
-def below_plain(tunings: Sequence[Tuning], scheme: str) -> str:
+def below_plain(conditions: Sequence[Condition], scheme: str) -> str:
     """On which hold-outs with enough pairs a scheme's mean is below the plain backbone's, and by how much, or ''."""
-    held = [tuning for tuning in tunings if scheme in tuning.schemes()]
+    held = tunings_of(conditions, scheme)
     found = {named(tuning.settings): tuning.difference(LAST, scheme) for tuning in held}
     return " and ".join(
         f"{name}: {show_difference(difference)}"
@@ -522,7 +522,7 @@ RULE = (
     "On a tenth of the training images, not trained on; the standard error is that of the seeds within the settings."
     f" Settings with fewer than {FEW_PAIRS} pairs of runs count only for those that have no others."
     " Declared before the runs: a variant replaces the default where it is the best of those that meet the cost bars"
-    " and its mean difference is more than two standard errors above zero. By way of exception `no_residual`, which"
+    " and its mean difference is more than two standard errors above zero. By way of exception `add+no_residual`, which"
     " cannot start warm and whose map is the same in every cell, is no candidate. Added later, a judgement: the mean of"
     " a default is on no hold-out below the plain backbone's ([how it came about](experiments.md))."
 )
@@ -605,7 +605,7 @@ def questions(
         Question("Is it only the learning rate?", tuned(tunings), (tuned_table(tunings), RATES)),
         Question(
             WHICH,
-            chosen(at_best, OWN, tunings) or chosen(at_one, SAME),
+            chosen(at_best, OWN, conditions) or chosen(at_one, SAME),
             (RULE, choice(at_best), SPEED, choice(at_one)),
         ),
         Question(

@@ -137,7 +137,7 @@ class Variant(Mixer):
     Args:
         in_channels: Position of each tapped stage -> its channels, shallow to deep.
         out_channels: Channels of the final map.
-        base: The mixer: 'add', 'blend', or a key of ``MIXERS`` whose branches are ConvMix's.
+        base: The mixer: 'add_avgmax', 'add', 'blend', or a key of ``MIXERS`` whose branches are ConvMix's.
         rank: As of that mixer; None is its default.
         grid: Mix on the final map's grid, to which the maps are averaged whatever ``pool`` says, instead of after
             global pooling.
@@ -148,7 +148,7 @@ class Variant(Mixer):
         residual: Add the mix to the final map. Without it the mix replaces the final map.
         gate: Multiply the mix by the final map before.
         gain: What each channel's gain starts with; None is that mixer's own, and that of one without gains.
-        share: Multiplies what mixer 'add' adds, or the share of mixer 'blend'.
+        share: Multiplies what mixers 'add_avgmax' and 'add' add, or the share of mixer 'blend'.
         drop_tap: Chance that a map is left out for an image while training; the others are scaled up.
         dropout: The same for each of a map's channels.
         bare: Nothing between the two matrices of a low rank.
@@ -265,7 +265,7 @@ class Variant(Mixer):
 
     @torch.no_grad()
     def start_as_identity(self) -> None:
-        """Set the gains to zero, or what 'add' and 'blend' do, so that ``final`` comes out exactly.
+        """Set the gains to zero, or what mixers without gains do, so that ``final`` comes out exactly.
 
         Raises:
             MixerError: The mix replaces the final map.
@@ -536,10 +536,11 @@ CHANGES_OF_BRANCHES: dict[str, dict[str, Any]] = {
     # the default's layer norm in the control
     "normed": dict(bare=False),
 }
-"""Of former defaults, which have gains and a branch of the final map (``layerscale+gain3``), or of the control."""
+"""Of former defaults, most with gains and a branch of the final map (``layerscale+gain3``), or of the control."""
 BRANCHES: dict[str, dict[str, Any]] = {
+    # bare: a stronger control than with a layer norm between (``control-add+normed``)
     "add_avgmax": dict(base="add_avgmax", bare=True),
-    "add": dict(base="add", bare=True),  # a stronger control than with a layer norm between (``control-normed``)
+    "add": dict(base="add", bare=True),
     "blend": dict(base="blend"),
     "avgmax": dict(base="convmix", act="none", gain=AvgMaxConvMix.start, pool="avgmax"),
     "layerscale": dict(base="convmix", act="none", gain=LayerScaleConvMix.start),

@@ -256,8 +256,8 @@ def test_a_variant_by_default_is_its_mixer(name):
 def test_the_control_has_as_many_parameters(arch):
     with torch.device("meta"):
         backbone = timm.create_model(arch, num_classes=100)
-        for scheme in ("avgmax", "avgmax+gelu", "single", "single+grid", "dual", "linear"):
-            names = (scheme, f"control-{scheme}")
+        for scheme in ("convmix", "add", "blend", "avgmax", "avgmax+gelu", "single", "single+grid", "dual", "linear"):
+            names = (scheme, "control" if scheme == "convmix" else f"control-{scheme}")
             models = [ConvMixNet(backbone, **schemes.arguments_of(name, backbone)) for name in names]
             counts = [sum(p.numel() for p in model.mixer.parameters()) for model in models]
             assert counts[1] == pytest.approx(counts[0], rel=0.05)

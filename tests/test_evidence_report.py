@@ -358,8 +358,9 @@ def test_each_scheme_at_the_learning_rate_that_suits_it():
     ahead = [replace(row, scheme="gem", top1=row.top1 + 0.1) for row in rows if row.scheme == "convmix"]
     alone = [replace(row, scheme="gelu") for row in rows if (row.scheme, row.lr) == ("convmix", 0.1)]
     open_ended = [replace(row, scheme="gelu") for row in rows if (row.scheme, row.lr) == ("convmix", 0.05)]
-    tunings = comparisons.tunings_of(comparisons.conditions_of([*rows, *ahead, *alone, *open_ended]))
-    assert report.chosen(comparisons.tuned_candidates(tunings), "so", tunings) == (
+    conditions = comparisons.conditions_of([*rows, *ahead, *alone, *open_ended])
+    at_best = comparisons.tuned_candidates(comparisons.tunings_of(conditions))
+    assert report.chosen(at_best, "so", conditions) == (
         "Of 1 variants beside the default, on the hold-out, so, 0 are more than two standard errors worse; more than"
         " two standard errors better: `gem`; best at the end of the rates tried, so not judged: `gelu`. The default's"
         f" mean is below the plain backbone's on {name}: -0.90 (-1.00 to -0.80); that of `gem` on {name}: -0.80 (-0.90"

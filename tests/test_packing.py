@@ -460,12 +460,12 @@ def test_a_folder_stands_for_its_last_epoch(run, tmp_path):
 def test_a_safetensors_file_needs_to_be_told(run, packer, tmp_path):
     path = tmp_path / "trained.safetensors"
     save_file(run.model.state_dict(), path)
-    mix = {"stages": [0, 2], "input_size": None}
+    mix, named = {"stages": [0, 2], "input_size": None}, {"mixer": DEFAULT_MIXER}
     for told in ({}, {"seed": 1}, {"epochs": 2}):
         saved = read_checkpoint(path, model_kwargs={"stages": [0, 2]}, **told)
         refused(packer, r"trained\.safetensors does not say how it was trained: state epochs and seed\.$", saved)
     made = packer(read_checkpoint(path, model_kwargs={"stages": [0, 2]}, seed=1, epochs=2))
-    assert (made.seeds, made.epochs, made.recipe) == ((1,), 2, {"model_kwargs": {"stages": [0, 2]}, "seed": 1})
+    assert (made.seeds, made.epochs, made.recipe) == ((1,), 2, {"model_kwargs": named | {"stages": [0, 2]}, "seed": 1})
     assert mix["stages"] == made.model_args["stages"]
     wrong = read_checkpoint(path, seed=1, epochs=2)
     with pytest.raises(WeightsError, match=r"trained\.safetensors is not a checkpoint of convmix_test_resnet: "):
@@ -666,6 +666,7 @@ def test_the_recipe_is_what_train_py_was_given(run, packer):
     assert yaml.safe_load((packer.folder / "recipe.yaml").read_text()) == recipe
     given = {key: value for key, value in ARGS.items() if value not in (None, "", [], {})}
     places = {"experiment", "local_rank"}
+    given["model_kwargs"] = {"mixer": DEFAULT_MIXER} | ARGS["model_kwargs"]  # which may be another later
     assert recipe == {key: value for key, value in given.items() if key not in places}
     assert recipe["model_ema"] is False
 

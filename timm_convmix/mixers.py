@@ -28,7 +28,7 @@ channels that nets for small images end with was worse on a hold-out: 'single+ra
 
 LARGEST_MATRIX = 2**18
 """Parameters up to which AddConvMix's linear layer is the full matrix, ResNet-18's being 229,376; a larger one would be
-too much beside some backbones. On hold-outs a pair of rank 64 was worse: 'rank64' in docs/evidence.md."""
+too much beside some backbones. On hold-outs a pair of rank 64 was worse: 'add+rank64' in docs/evidence.md."""
 
 FINAL = -1
 """Stands for the final map where a mixer names its parameters by the position of a tap."""

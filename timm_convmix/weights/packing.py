@@ -238,6 +238,8 @@ def pack(
     labels = [label for label, _ in sorted(dataset.reader.class_to_idx.items(), key=lambda item: item[1])]
 
     source = timm.create_model(arch, num_classes=len(labels), **built_with).eval()
+    if mixer := get_model_args(source).get("mixer"):  # by name, because a default changes
+        recipe = recipe_of(args | {"model_kwargs": {"mixer": mixer} | (args.get("model_kwargs") or {})})
     tensors = {key: converted(tensor, DTYPES[dtype], key) for key, tensor in saved.tensors.items()}
     load_strictly(source, tensors, source=str(saved.path))
     config = resolve_input_data_config(source, args=args)
