@@ -258,7 +258,7 @@ def test_a_tap_counts_what_its_zeros_take(arch, images):
         for dropped in range(len(taps)):
             mixer = model.mixer
             vectors = [  # by the words of the docstring: the norm's bias
-                norm.bias.expand(2, -1) if at == dropped else norm(tap.amax((2, 3)))
+                norm.bias.expand(2, -1) if at == dropped else norm((tap.mean((2, 3)) + tap.amax((2, 3))) / 2)
                 for at, (norm, tap) in enumerate(zip(mixer.norms.values(), taps, strict=True))
             ]
             mix = mixer.expand(mixer.reduce(torch.cat(vectors, dim=1)))
