@@ -286,6 +286,27 @@ def test_the_control_is_a_branch_of_its_mixer(scheme, act, gain, maximum):
     torch.testing.assert_close(seen[0], (1 - maximum) * tap.mean((2, 3)) + maximum * tap.amax((2, 3)))
 
 
+@pytest.mark.parametrize(
+    ("scheme", "between", "maximum"),
+    [
+        ("control", "Identity", 0.5),
+        ("control-add", "Identity", 1),
+        ("control-add+normed", "LayerNorm", 1),
+        ("control-blend", "Identity", 1),
+    ],
+)
+def test_the_control_of_a_mixer_without_gains_is_a_pair_of_matrices(scheme, between, maximum):
+    mixer = schemes.build("test_resnet", scheme, num_classes=7, seed=0).mixer
+    (branch,) = mixer.branches() if isinstance(mixer, schemes.Variant) else [mixer]
+    assert branch.settings["rank"] > 0
+    assert type(branch.between).__name__ == between
+    (norm,) = branch.norms.values()
+    tap, seen = torch.randn(2, *norm.normalized_shape, 3, 3), []
+    norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(1)))
+    mixer([tap], torch.randn(2, branch.expand.out_features, 3, 3))
+    torch.testing.assert_close(seen[0], (1 - maximum) * tap.mean((2, 3)) + maximum * tap.amax((2, 3)))
+
+
 def test_the_control_has_as_many_macs():
     x = torch.zeros(1, 3, 32, 32, device="meta")
     with torch.device("meta"):

@@ -68,9 +68,9 @@ def manifest(pair, tmp_path):
 def released(script, few, folder, *, recipe=RECIPE, dtype="bfloat16"):
     """A pair that ``script`` trained, packed: the manifest."""
     manifest = folder / "released.json"
-    for name, mixer in ((PLAIN, "none"), (NAME, DEFAULT_MIXER)):
+    for name, kwargs in ((PLAIN, {"mixer": "none"}), (NAME, {})):  # the record names what the run left to the default
         config = folder / "config.yaml"
-        config.write_text(json.dumps(recipe | dict(model_kwargs=dict(mixer=mixer))))
+        config.write_text(json.dumps(recipe | dict(model_kwargs=kwargs)))
         places = ["-c", config, "--data-dir", few, "--output", folder / "first", "--experiment", name]
         command = [sys.executable, "-m", "timm_convmix", "run", script, *places]
         subprocess.run(list(map(str, command)), check=True, capture_output=True)
@@ -81,7 +81,7 @@ def released(script, few, folder, *, recipe=RECIPE, dtype="bfloat16"):
             output=folder / "packed",
             manifest=manifest,
             dtype=dtype,
-            baseline=PLAIN if mixer != "none" else None,
+            baseline=None if kwargs else PLAIN,
             quiet=True,
         )
     return manifest
@@ -101,6 +101,7 @@ def test_a_pair_is_rebuilt(script, few, manifest, tmp_path, capfd):
     assert manifest.read_bytes() == before
     then, now = read_manifest(manifest), read_manifest(output / "weights_manifest.json")
     assert now.keys() == then.keys()
+    assert now[NAME].recipe["model_kwargs"] == {"mixer": DEFAULT_MIXER}
     for name in (PLAIN, NAME):
         same = ("sha256", "dtype", "recipe", "epochs", "dataset", "metrics", "baseline", "license", "model_args")
         assert [getattr(now[name], key) for key in same] == [getattr(then[name], key) for key in same]
