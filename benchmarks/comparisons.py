@@ -358,10 +358,17 @@ class Tuning:
         return [condition for condition in self.conditions if scheme in condition.runs]
 
     def best(self, scheme: str) -> Condition:
-        """The condition whose rate suits a scheme best, by the mean over the seeds that were run at all of them."""
+        """The condition whose rate suits a scheme best: whose least lead over any other is the highest.
+
+        Leads are over the seeds that two rates share, so that a rate given up after one seed costs the others nothing.
+        """
         tried = self.tried(scheme)
-        common = set.intersection(*(set(condition.runs[scheme]) for condition in tried))
-        return max(tried, key=lambda c: mean(c.runs[scheme][seed].top1 for seed in common or c.runs[scheme]))
+
+        def lead(own: Condition, other: Condition) -> float:
+            difference = paired(*({seed: run.top1 for seed, run in c.runs[scheme].items()} for c in (other, own)))
+            return difference.mean if difference else mean(own.values(scheme)) - mean(other.values(scheme))
+
+        return max(tried, key=lambda own: min((lead(own, other) for other in tried if other is not own), default=0.0))
 
     def settled(self) -> list[str]:
         """Schemes that were tried at a lower and at a higher rate than their best one."""

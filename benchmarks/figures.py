@@ -85,15 +85,15 @@ def fingerprint(conditions: Sequence[Condition]) -> str:
 
 
 def stale_figures(conditions: Sequence[Condition], folder: Path) -> list[str]:
-    """Names of the figures that are missing in a folder, or were drawn from other runs."""
+    """Names of the figures that are missing in a folder, or were drawn from other runs, or are no longer drawn."""
     proof = proofs(conditions)
     current = fingerprint(proof)
-    paths = [folder / name for name in list_drawings(proof)]
-    return [path.name for path in paths if not path.is_file() or current not in path.read_text()]
+    paths = {folder / name for name in list_drawings(proof)} | {*folder.glob("*.svg")}
+    return sorted(path.name for path in paths if not path.is_file() or current not in path.read_text())
 
 
 def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
-    """Draw what ``list_drawings`` lists.
+    """Draw what ``list_drawings`` lists, and delete the other figures of the folder.
 
     Returns:
         The files written: none where there is nothing to draw.
@@ -107,6 +107,8 @@ def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
     proof = proofs(conditions)
     drawings = list_drawings(proof)
     folder.mkdir(parents=True, exist_ok=True)
+    for path in {*folder.glob("*.svg")} - {folder / name for name in drawings}:
+        path.unlink()
     for name, drawing in drawings.items():
         figure, axes = plt.subplots(figsize=drawing.size)
         drawing.draw(axes)

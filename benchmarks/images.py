@@ -35,7 +35,7 @@ HOLD_OUT = 0.1
 """Share of the training images that selection is scored on, and that is not trained on then."""
 
 PIECE_BYTES = 54 * 2**20
-"""Of images; labels, names and this repository, which travels beside a piece, take another 6 MiB at most."""
+"""Of images; with labels and names a file stays below 60 MiB."""
 UNPACKED = "unpacked"
 """Stands in a cache for the digest of the files, where there are none."""
 TILES = 2500

@@ -18,6 +18,8 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 
+import timm
+
 from benchmarks.accuracy import Run, Settings
 from benchmarks.comparisons import (
     BEST,
@@ -58,7 +60,7 @@ from benchmarks.comparisons import (
 )
 from benchmarks.figures import DIFFERENCES, FIGURES, figures, plot, stale_figures
 from benchmarks.robustness import CLEAN, SEVERITIES, STRENGTHS, Robustness
-from benchmarks.saliency import MEASURES, Saliency
+from benchmarks.saliency import MEASURES, MIXED, Saliency
 from benchmarks.schemes import CHANGES, PEERS
 from benchmarks.timing import README, RESULTS, ROOT, markdown, read_rows_of, show_tables
 
@@ -66,6 +68,10 @@ DOCUMENT = ROOT / "docs" / "evidence.md"
 COMPARED = (LAST, CONTROL, CONVMIX)
 DEFAULTS = [scheme for scheme, change in CHANGES.items() if change.keys() == {"base"}]
 """The mixers that were the default before."""
+FEW_IMAGES = 50
+"""Of a class: half of what most settings have."""
+SMALL_SIZE = 64
+"""Of a picture, in pixels: that of most settings."""
 DIVISIONS = {"--seeds", "--schemes", "--lr", "--save", "--results"}
 """Options by which several processes share a table; its lines say which schemes and rates were run."""
 
@@ -87,6 +93,11 @@ def show_difference(difference: Difference | None) -> str:
         return ""
     interval = difference.interval()
     return f"{difference.mean:+.2f}" + (f" ({interval[0]:+.2f} to {interval[1]:+.2f})" if interval else "")
+
+
+def show_p(p: float) -> str:
+    """A p value."""
+    return f"{p:.3f}" if p >= 0.0005 else "< 0.001"
 
 
 def recipe(settings: Settings) -> str:
@@ -112,17 +123,17 @@ def provenance(runs: Sequence[Run]) -> str:
 
 
 def commands(rows: Sequence[Run] | Sequence[Robustness] | Sequence[Saliency]) -> str:
-    """The commands that made some rows, each once, without what only divides the work."""
+    """The commands that made some rows, each once, without what only divides the work, and without files of nets."""
     return ", ".join(f"`{command}`" for command in sorted({whole_command(row.argv) for row in rows}))
 
 
 def whole_command(argv: str) -> str:
-    """A command without ``DIVISIONS`` and their values."""
+    """A command without ``DIVISIONS`` and their values, and without files of nets, of which the rows tell more."""
     kept, dropping = [], False
     for word in shlex.split(argv):
         if word.startswith("--"):
             dropping = word in DIVISIONS
-        if not dropping:
+        if not dropping and not word.endswith(".safetensors"):
             kept.append(word)
     return shlex.join(kept)
 
@@ -159,20 +170,26 @@ def chosen(found: Sequence[Candidate], at: str, conditions: Sequence[Condition] 
     )
     if not conditions:
         return text
-    below = {scheme: below_plain(conditions, scheme) for scheme in dict.fromkeys([CONVMIX, *DEFAULTS, *better])}
-    text += f" The default's mean is below the plain backbone's on {below.pop(CONVMIX) or 'none'}"
+    counted, few_pairs = below_plain(conditions, CONVMIX)
+    text += f" Where {FEW_PAIRS} pairs or more were run, the default's mean is below the plain backbone's on"
+    text += f" {counted or 'none'}{f' (with fewer, on {few_pairs})' * bool(few_pairs)}"
+    below = {scheme: below_plain(conditions, scheme)[0] for scheme in dict.fromkeys([*DEFAULTS, *better])}
     return text + "".join(f"; that of `{scheme}` on {names}" for scheme, names in below.items() if names) + "."
 
 
-def below_plain(conditions: Sequence[Condition], scheme: str) -> str:
-    """On which hold-outs with enough pairs a scheme's mean is below the plain backbone's, and by how much, or ''."""
-    held = tunings_of(conditions, scheme)
-    found = {named(tuning.settings): tuning.difference(LAST, scheme) for tuning in held}
-    return " and ".join(
-        f"{name}: {show_difference(difference)}"
-        for name, difference in found.items()
-        if difference and len(difference.values) >= FEW_PAIRS and difference.mean < 0
-    )
+def below_plain(conditions: Sequence[Condition], scheme: str) -> tuple[str, str]:
+    """On which hold-outs a scheme's mean is below the plain backbone's, and by how much, or ''.
+
+    Returns:
+        Those of enough pairs, and the others.
+    """
+    found: dict[bool, list[str]] = {True: [], False: []}
+    for tuning in tunings_of(conditions, scheme):
+        difference = tuning.difference(LAST, scheme)
+        if difference and difference.mean < 0:
+            enough = len(difference.values) >= FEW_PAIRS
+            found[enough].append(f"{named(tuning.settings)}: {show_difference(difference)}")
+    return " and ".join(found[True]), " and ".join(found[False])
 
 
 def choice(found: Sequence[Candidate]) -> str:
@@ -277,7 +294,7 @@ def against_table(conditions: Iterable[Condition], schemes: Sequence[str]) -> st
                 for one in (scheme, CONVMIX):
                     runs = [condition.runs[one][seed] for seed in condition.seeds(scheme, CONVMIX)]
                     cells.append(f"{show_mean([run.top1 for run in runs])} at lr {runs[0].lr:g}")
-                lines.append([*cells, show_difference(difference), f"{difference.p_value():.3f}"])
+                lines.append([*cells, show_difference(difference), show_p(difference.p_value())])
     header = ["", "scheme", "seeds", "top-1, %", "ConvMix, %", "ConvMix to it, points", "p, uncorrected"]
     return markdown(header, lines)
 
@@ -307,11 +324,11 @@ def trends(series: Sequence[Series]) -> str:
     for one in series:
         p = one.p_value()
         cells = [f"{position:,.0f}: {mean(reductions.values()):.1f}" for position, reductions in one.table()]
-        verdicts_of = [f"p = {p:.3f}", f"p = {one.p_value(falls=True):.3f}"] if p is not None else ["too few"] * 2
+        falls = one.p_value(falls=True)
         lines.append([f"{one.what}, {one.images}", "; ".join(cells), show_difference(one.rise()), str(len(one.seeds))])
-        lines[-1] += verdicts_of
+        lines[-1] += ["too few" if value is None else show_p(value) for value in (p, falls)]
     return markdown(
-        ["", "error reduction, %", "last to first, points", "common seeds", "it grows (Page)", "it falls"], lines
+        ["", "error reduction, %", "last to first, points", "common seeds", "it grows (Page), p", "it falls, p"], lines
     )
 
 
@@ -320,8 +337,9 @@ def smaller(conditions: Sequence[Condition]) -> str:
     neighbours = [
         (smaller, larger, seeds)
         for group in backbones(conditions)
-        for smaller, larger in pairwise(sorted(group, key=lambda c: mean(c.values(LAST, "macs"))))
-        if (seeds := sorted({*smaller.seeds(LAST, CONVMIX)} & {*larger.seeds(LAST)}))
+        for smaller, larger in pairwise(sorted(group, key=lambda c: (family(c), mean(c.values(LAST, "macs")))))
+        if family(smaller) == family(larger)
+        and (seeds := sorted({*smaller.seeds(LAST, CONVMIX)} & {*larger.seeds(LAST)}))
     ]
     if not neighbours:
         return ""
@@ -332,10 +350,15 @@ def smaller(conditions: Sequence[Condition]) -> str:
     pays = [pair for pair in neighbours if score(pair[1], LAST, pair[2]) > score(pair[0], LAST, pair[2])]
     ahead = sum(score(smaller, CONVMIX, seeds) > score(larger, LAST, seeds) for smaller, larger, seeds in pays)
     return (
-        f"Of {len(neighbours)} pairs of backbones that follow each other in MACs, the larger is alone more accurate"
-        f" than the smaller alone in {len(pays)}; there the smaller with ConvMix is ahead of the larger alone in"
-        f" {ahead}, by the means over the seeds that both have."
+        f"Of pairs of backbones of one family that follow each other in MACs, the larger is alone more accurate"
+        f" than the smaller alone in {len(pays)} of {len(neighbours)}; there the smaller with ConvMix is ahead of"
+        f" the larger alone in {ahead}, by the means over the seeds that both have."
     )
+
+
+def family(condition: Condition) -> str:
+    """Of its backbone: the module of timm that it is from."""
+    return timm.models.model_entrypoint(condition.settings.arch).__module__
 
 
 def price(conditions: Sequence[Condition]) -> str:
@@ -471,10 +494,13 @@ def by_layer(rows: Sequence[Saliency]) -> dict[tuple[Settings, str], dict[str, d
 
 
 def view(rows: Sequence[Saliency]) -> str:
-    """Whether ConvMix's maps are wider and rest more on the object than the last stage's, in words; '' without runs."""
+    """Whether ConvMix's maps are wider and rest more on the object than the last stage's, in words; '' without runs.
+
+    The mixed map does not count: what is added to every cell widens it by construction.
+    """
     signs: dict[str, list[int]] = {"energy": [], "area": []}
-    for by_scheme in by_layer(rows).values():
-        for name, found in signs.items():
+    for (_, layer), by_scheme in by_layer(rows).items():
+        for name, found in signs.items() if layer != MIXED else ():
             arms = (by_scheme.get(scheme, {}) for scheme in (LAST, CONVMIX))
             if difference := paired(*({seed: getattr(row, name) for seed, row in arm.items()} for arm in arms)):
                 found.append(difference.sign() or 0)
@@ -484,7 +510,7 @@ def view(rows: Sequence[Saliency]) -> str:
     arch = " and ".join(dict.fromkeys(row.arch for row in rows if row.scheme == CONVMIX))
     wider = sum(e > 0 and a > 0 for e, a in zip(energy, area, strict=True))
     return (
-        f"Grad-CAM of ConvMix against the last stage's, at {len(energy)} layers of {arch} ({JUDGED.lower()} of the"
+        f"Grad-CAM of ConvMix against the last stage's, at {len(energy)} stages of {arch} ({JUDGED.lower()} of the"
         f" paired difference): more of the energy falls into the object's box at {energy.count(1)}, less at"
         f" {energy.count(-1)}; the map is wider at {area.count(1)}, narrower at {area.count(-1)}. A wider view counts"
         f" only where the energy in the box rises too: at {wider}."
@@ -507,7 +533,9 @@ def saliency_table(rows: Sequence[Saliency]) -> str:
             for measure in MEASURES:
                 theirs, ours = ({s: 100 * getattr(row, measure) for s, row in rows.items()} for rows in (base, by_seed))
                 difference = paired(theirs, ours) if scheme != LAST else None
-                cells.append(f"{mean(ours.values()):.1f}" + (f", {show_difference(difference)}" if difference else ""))
+                cells.append(
+                    show_mean(list(ours.values())) + (f", {show_difference(difference)}" if difference else "")
+                )
             cells.append(f"{mean(100 * row.chance for row in by_seed.values()):.1f}")
             cells.append(f"{mean(100 * row.empty / row.count for row in by_seed.values()):.1f}")
             lines.append([*cells, f"{mean(row.randomised for row in by_seed.values()):.2f}"])
@@ -520,11 +548,13 @@ def saliency_table(rows: Sequence[Saliency]) -> str:
 
 RULE = (
     "On a tenth of the training images, not trained on; the standard error is that of the seeds within the settings."
-    f" Settings with fewer than {FEW_PAIRS} pairs of runs count only for those that have no others."
-    " Declared before the runs: a variant replaces the default where it is the best of those that meet the cost bars"
-    " and its mean difference is more than two standard errors above zero. By way of exception `add+no_residual`, which"
-    " cannot start warm and whose map is the same in every cell, is no candidate. Added later, a judgement: the mean of"
-    " a default is on no hold-out below the plain backbone's ([how it came about](experiments.md))."
+    f" Settings with fewer than {FEW_PAIRS} pairs of runs count only for those that have no others. So most variants"
+    " rest on one small setting, and rank beside others that rest on many; `add+...` changes a former default. Declared"
+    " before the runs: a variant replaces the default where it is the best of those that meet the cost bars and its"
+    " mean difference is more than two standard errors above zero; for its cost none had to be left out. By way of"
+    " exception `add+no_residual`, which cannot start warm and whose map is the same in every cell, is no candidate."
+    " Added later, a judgement: the mean of a default is on no hold-out below the plain backbone's ([how it came about]"
+    "(experiments.md))."
 )
 OWN, SAME = "each at the learning rate that is best for it on the hold-out", "all at one learning rate"
 NOTHING = "No run is recorded yet."
@@ -547,9 +577,10 @@ CORRUPTED = (
     f" {'; '.join(' '.join([name, ', '.join(map(str, values))]) for name, values in STRENGTHS.items())}."
 )
 MAPS = (
-    "Empty maps, where no gradient is positive, are left out, so that the two schemes' means are not over quite the"
-    " same images. The rank correlation is that of a map with the map of the same net before training, seeded otherwise"
-    " (Adebayo et al. 2018): near zero where maps depend on what was learned."
+    "The mixed map counts nowhere: what is added to every cell of it widens it by construction. Empty maps, where no"
+    " gradient is positive, are left out, so that the two schemes' means are not over quite the same images. The rank"
+    " correlation is that of a map with the map of the same net before training, seeded otherwise (Adebayo et al."
+    " 2018): near zero where maps depend on what was learned."
 )
 CALIBRATION = {"ece": "expected calibration error, %"}
 FIT = {"train_loss": "training loss", "gap": "test loss minus training loss"}
@@ -558,7 +589,9 @@ EXPLANATION = (
     "Mean ± standard error over seeds, of the last epoch on the test images; differences are paired by seed, with their"
     " 95 % bootstrap interval (BCa). p: exact sign-flip test, corrected by Holm's method for the two tests declared"
     " beforehand; bold where a difference is claimed. The control is the mixer, or a branch of it, on the"
-    " deepest stage alone, of as many parameters. In a setting all seeds train on the same images and are scored on the"
+    " deepest stage alone, its linear layer a pair of matrices of such a rank that it has as many parameters (in the"
+    " default's nothing stands between the two, which makes it stronger). Tiny-ImageNet's test images are its labelled"
+    " validation images. In a setting all seeds train on the same images and are scored on the"
     " same ones: interval and p speak of new trainings, not of new images."
 )
 
@@ -622,7 +655,17 @@ def questions(
             grows(series),
             (trends(series), TREND, figures(proof, folder, "gain-")),
         ),
-        Question("Does it carry over to other images?", answers(started), (claims(started),)),
+        Question(
+            "Does it help with few images?",
+            answers([c for c in scratch if c.settings.images <= FEW_IMAGES * c.settings.classes]),
+            (f"Settings of at most {FEW_IMAGES} training images a class, of the table above.",),
+        ),
+        Question(
+            "Does it help on larger pictures?",
+            answers([c for c in scratch if c.settings.size > SMALL_SIZE]),
+            (f"Settings of more than {SMALL_SIZE} pixels, of the table above.",),
+        ),
+        Question("Does it carry over to other images?", answers(started), (claims(started), nets(started, conditions))),
         Question(
             "Is it worth more than a larger backbone?",
             smaller(proof),
@@ -642,6 +685,17 @@ def questions(
         Question("Does it regularise?", fit(proof), (columns_table(proof, FIT),)),
     ]
     return [question for question in asked if question.sentence]
+
+
+def nets(started: Iterable[Condition], conditions: Sequence[Condition]) -> str:
+    """What the nets that trainings started from were trained on, in words."""
+    saved: dict[str, str] = {}
+    for run in all_runs(conditions):
+        words = shlex.split(run.argv)
+        if "--save" in words:
+            saved.setdefault(words[words.index("--save") + 1], named(shared_settings(run)))
+    folders = dict.fromkeys(str(Path(condition.settings.init).parent) for condition in started)
+    return " ".join(f"The nets of {folder}: {saved[folder]}." for folder in folders if folder in saved)
 
 
 def listed(asked: Sequence[Question]) -> str:

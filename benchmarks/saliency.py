@@ -33,6 +33,8 @@ from timm_convmix.saliency import grad_cam
 TOLERANCE = 15 / 224
 """Of the pointing game, of the image's size: 15 pixels in the usual code (Zhang et al. 2016, arXiv:1608.00507)."""
 BATCH = 100
+MIXED = "mixer"
+"""The layer whose output the head reads: the module's name."""
 MEASURES = {
     "energy": "energy in the box",
     "pointing": "pointing",
