@@ -11,8 +11,9 @@
                                                         warm from {arch}-last
 
 Runs of a seed are paired: the backbone and its classifier start alike, and data order and augmentation are the same
-for every scheme. The score is that of the last epoch. A row that exists is not run again, so a stopped command goes on
-when it is repeated; several processes may share a GPU, each with seeds or schemes of its own.
+for every scheme. The score is that of the last epoch. A row that exists is not run again, unless its net is asked for
+and absent, so a stopped command goes on when it is repeated; several processes may share a GPU, each with seeds or
+schemes of its own.
 """
 
 import argparse
@@ -27,8 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import timm
 import torch
 from huggingface_hub.utils.tqdm import tqdm
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
@@ -51,7 +54,7 @@ from benchmarks.images import (
     subset,
 )
 from benchmarks.timing import RESULTS, append_rows, conditions, read_rows_of
-from timm_convmix import ConvMixNet, PackingError, __version__
+from timm_convmix import ConvMixError, ConvMixNet, PackingError, __version__
 from timm_convmix.weights.loading import load_local, load_strictly
 
 SELECTION_SEEDS, PROOF_SEEDS = range(3), range(3, 11)
@@ -339,13 +342,34 @@ def save_model(model: nn.Module, path: Path, settings: Settings, mean: Sequence[
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """What ``save_model`` says of a model: settings, form, mean, std; {} for a file of something else."""
+    """What ``save_model`` says of a model: settings, form, mean, std; {} for a file of something else.
+
+    Raises:
+        ValueError: The file is damaged.
+    """
     if path.suffix != ".safetensors":
         return {}
-    with safetensors.safe_open(path, "pt") as file:
-        found = file.metadata() or {}
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            found = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} cannot be read ({error}): train it again.") from error
     known = {key: json.loads(found[key]) for key in ("settings", "form", "mean", "std") if key in found}
     return known if len(known) == 4 else {}
+
+
+def saved_file(folder: Path, settings: Settings) -> Path:
+    """Where ``--save`` keeps a model.
+
+    Raises:
+        ValueError: A model of another training is there.
+    """
+    path = folder / f"{settings.arch}-{settings.scheme}-{settings.seed}.safetensors"
+    own = asdict(settings)
+    if path.is_file() and (other := read_metadata(path).get("settings")) != own:
+        differing = [name for name in own if not other or own[name] != other.get(name)]
+        raise ValueError(f"{path} is of another training ({', '.join(differing)}): give another --save.")
+    return path
 
 
 def check_form(model: nn.Module, path: Path) -> None:
@@ -514,8 +538,7 @@ def run(settings: Settings, init: Path | None, data: Data, args: argparse.Namesp
     scores = score(model, data.scored, mode=settings.mode, **where)
     seconds = time.perf_counter() - start
     if args.save:
-        name = f"{settings.arch}-{settings.scheme}-{settings.seed}.safetensors"
-        save_model(model, args.save / name, settings, data.mean, data.std)
+        save_model(model, saved_file(args.save, settings), settings, data.mean, data.std)
     at = conditions(device=args.device, threads=args.threads, clock="wall", seed=settings.seed, argv=command)
     return Run(
         **asdict(settings),
@@ -548,8 +571,11 @@ def check_options(args: argparse.Namespace) -> None:
     """Refuse what cannot be run before anything is read.
 
     Raises:
-        ValueError: A scheme is unknown, or options do not go together.
+        ValueError: A scheme or an architecture is unknown, or options do not go together.
     """
+    for arch in args.arch:
+        if not timm.is_model(arch):
+            raise ValueError(f"Unknown architecture {arch!r}: choose one of timm.list_models().")
     for scheme in args.schemes:
         schemes.check_name(scheme)
         if args.init and scheme in schemes.OWN_CLASSIFIERS:
@@ -615,13 +641,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_options(args)
         data = load_data(args)
         todo = list(list_settings(args, data.settings))
+        files = [saved_file(args.save, settings) if args.save else None for settings, _ in todo]
     except (ValueError, OSError, PackingError) as error:
         parser.error(str(error))
     data = data.to(args.device)
-    for settings, init in tqdm(todo, desc=args.dataset_name, unit="run"):
-        if key_of(settings) not in {row.key for row in read_rows_of(Run, path)}:  # another process may have run it
+    for (settings, init), file in zip(tqdm(todo, desc=args.dataset_name, unit="run"), files, strict=True):
+        recorded = key_of(settings) in {row.key for row in read_rows_of(Run, path)}  # by another process, perhaps
+        if recorded and (file is None or file.is_file()):
+            continue
+        try:
             row = run(settings, init, data, args, command)
-            append_rows(path, [row])
+        except ConvMixError as error:
+            parser.error(str(error))
+        append_rows(path, [row])
     return 0
 
 

@@ -190,6 +190,11 @@ def conditions_of(runs: Iterable[Run]) -> list[Condition]:
     return [Condition(settings, by_scheme) for settings, by_scheme in groups.items()]
 
 
+def proving(rows: Iterable[Row]) -> list[Row]:
+    """Rows of what was measured on saved nets, without those of nets whose seeds or images chose something."""
+    return [row for row in rows if row.split == "test" and row.seed not in SELECTION_SEEDS]
+
+
 def names_under(former: str) -> dict[str, str]:
     """What stood for ConvMix and its control while a scheme was the default, and what they are compared with."""
     return {former: CONVMIX, f"{CONTROL}-{former}": CONTROL} | {peer: peer for peer in PEERS}
@@ -391,15 +396,16 @@ def at_best_rates(conditions: Sequence[Condition]) -> list[Condition]:
     """The runs on the test images that have, for each scheme, the learning rate that was best for it on the hold-out.
 
     Returns:
-        One a tuning of which the last stage and ConvMix were run so, its rate ``BEST``.
+        One a setting that the last stage and ConvMix were run in so, its rate ``BEST``.
     """
     found = []
     for tuning in tunings_of(conditions):
-        tests = {c.settings.lr: c for c in conditions if tuning.chosen_for(c.settings)}
         rates = {scheme: tuning.best(scheme).settings.lr for scheme in tuning.settled()}
-        runs = {s: tests[lr].runs[s] for s, lr in rates.items() if lr in tests and s in tests[lr].runs}
-        if {LAST, CONVMIX} <= runs.keys():
-            found.append(Condition(replace(tests[rates[CONVMIX]].settings, lr=BEST), runs))
+        for group in alike((c for c in conditions if tuning.chosen_for(c.settings)), partial(replace, lr=BEST)):
+            tests = {c.settings.lr: c for c in group}
+            runs = {s: tests[lr].runs[s] for s, lr in rates.items() if lr in tests and s in tests[lr].runs}
+            if {LAST, CONVMIX} <= runs.keys():
+                found.append(Condition(replace(group[0].settings, lr=BEST), runs))
     return found
 
 

@@ -483,6 +483,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "benchmarks.cost", *argv]
         return subprocess.run(command, env=os.environ | KEEP_HEAP, check=False).returncode  # noqa: S603
     torch.set_num_threads(args.threads)
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(
+            torch.device(args.device).index or 0
+        )  # timers and memory counters look at the current one
     command = ["python", "-m", "benchmarks.cost", *argv]
     rows = []
     if args.what == "census":

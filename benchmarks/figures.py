@@ -1,5 +1,6 @@
 """The figures of README and docs, drawn from the runs; each carries a fingerprint of what it shows."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from benchmarks.timing import ROOT
 
 FIGURES = ROOT / "docs" / "figures"
 DIFFERENCES = "differences.svg"
+FINGERPRINT = re.compile(r"runs [0-9a-f]{64}")
 FIGURE = "Differences of top-1 to the last stage and to the control: a bar a seed, their mean and its 95 % interval"
 
 
@@ -88,12 +90,17 @@ def stale_figures(conditions: Sequence[Condition], folder: Path) -> list[str]:
     """Names of the figures that are missing in a folder, or were drawn from other runs, or are no longer drawn."""
     proof = proofs(conditions)
     current = fingerprint(proof)
-    paths = {folder / name for name in list_drawings(proof)} | {*folder.glob("*.svg")}
+    paths = {folder / name for name in list_drawings(proof)} | drawn(folder)
     return sorted(path.name for path in paths if not path.is_file() or current not in path.read_text())
 
 
+def drawn(folder: Path) -> set[Path]:
+    """The figures of any runs that are in a folder."""
+    return {path for path in folder.glob("*.svg") if FINGERPRINT.search(path.read_text())}
+
+
 def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
-    """Draw what ``list_drawings`` lists, and delete the other figures of the folder.
+    """Draw what ``list_drawings`` lists, and delete the other figures of runs in the folder.
 
     Returns:
         The files written: none where there is nothing to draw.
@@ -107,7 +114,7 @@ def plot(conditions: Sequence[Condition], folder: Path) -> list[Path]:
     proof = proofs(conditions)
     drawings = list_drawings(proof)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in {*folder.glob("*.svg")} - {folder / name for name in drawings}:
+    for path in drawn(folder) - {folder / name for name in drawings}:
         path.unlink()
     for name, drawing in drawings.items():
         figure, axes = plt.subplots(figsize=drawing.size)

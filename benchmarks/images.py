@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from timm_convmix import PackingError
 from timm_convmix.weights.measuring import open_dataset
 
 SPLITS = ("train", "validation")
@@ -112,26 +113,36 @@ def load_split(root: Path, split: str, size: int | None = None) -> Images:
         PackingError: There are no such images.
         ValueError: They differ in size, and ``size`` is None.
     """
-    cache = root / (f"{split}-{size}.safetensors" if size else f"{split}.safetensors")
-    kept = cache.is_file() or (root / f"{split}.safetensors").is_file()
-    files = None if kept and not (root / split).is_dir() else list_files(root, split)
+    native = root / f"{split}.safetensors"
+    cache = root / f"{split}-{size}.safetensors" if size else native
+    files = None if native.is_file() and not (root / split).is_dir() else list_files(root, split)
+    if files is not None:
+        source = list_digest(files)
+    else:  # unpacked: there are no files, and what was unpacked stands for itself
+        source = read_digests(native)["images"] if size else read_digests(native)["files"]
     if cache.is_file():
+        known = read_digests(cache)
         with safetensors.safe_open(cache, "pt") as file:
-            known = file.metadata()
             images = Images(file.get_tensor("pixels"), file.get_tensor("labels"))
-        if (files is None or known["files"] == list_digest(files)) and known["images"] == digest_of(images):
+        if known["files"] == source and known["images"] == digest_of(images):
             return images
-    if size and files is None:  # unpacked: there are no files
+    if files is None and size:
         whole = load_split(root, split)
         pixels = (as_pixels(to_pil_image(image), size) for image in whole.pixels)
-        labels, names, digest = whole.labels, read_names(root, split), UNPACKED
+        labels, names = whole.labels, read_names(root, split)
     else:
         files = files or list_files(root, split)
         pixels = (decode(path, size) for path, _ in files)
-        labels, names, digest = torch.tensor([label for _, label in files]), names_of(files), list_digest(files)
+        labels, names = torch.tensor([label for _, label in files]), names_of(files)
     images = Images(stack(pixels, count=len(labels), what=f"{root / split}"), labels)
-    write_cache(cache, images, names, digest)
+    write_cache(cache, images, names, source)
     return images
+
+
+def read_digests(cache: Path) -> dict[str, str]:
+    """Of a cache: 'files', of what it was made from, and 'images'."""
+    with safetensors.safe_open(cache, "pt") as file:
+        return file.metadata()
 
 
 def list_files(root: Path, split: str) -> list[tuple[Path, int]]:
@@ -442,8 +453,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Pack or unpack, and print the digests; the exit status."""
-    args = build_parser().parse_args(argv)
-    digests = pack(args.source, args.target) if args.what == "pack" else unpack(args.source, args.target)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        digests = pack(args.source, args.target) if args.what == "pack" else unpack(args.source, args.target)
+    except (ValueError, OSError, PackingError) as error:
+        parser.error(str(error))
     for split, digest in digests.items():
         print(split, digest)
     return 0

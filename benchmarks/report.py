@@ -48,6 +48,7 @@ from benchmarks.comparisons import (
     named,
     paired,
     proofs,
+    proving,
     rows_at_best_rates,
     series_of,
     shared_settings,
@@ -357,8 +358,10 @@ def smaller(conditions: Sequence[Condition]) -> str:
 
 
 def family(condition: Condition) -> str:
-    """Of its backbone: the module of timm that it is from."""
-    return timm.models.model_entrypoint(condition.settings.arch).__module__
+    """Of its backbone: the module of timm that it, or what it was made from for small images, is from."""
+    arch = condition.settings.arch
+    large = arch.removesuffix("_cifar")
+    return timm.models.model_entrypoint(large if timm.is_model(large) else arch).__module__
 
 
 def price(conditions: Sequence[Condition]) -> str:
@@ -431,15 +434,15 @@ def columns_table(conditions: Iterable[Condition], columns: Mapping[str, str]) -
 
 
 def by_corruption(rows: Sequence[Robustness]) -> dict[Settings, dict[str, dict[str, dict[int, float]]]]:
-    """Setting -> corruption -> scheme -> seed -> accuracy, the mean over severities."""
-    scores: dict[Settings, dict[str, dict[str, dict[int, list[float]]]]] = {}
+    """Setting -> corruption -> scheme -> seed -> accuracy, the mean over severities; of two nets of a seed the last."""
+    scores: dict[Settings, dict[str, dict[str, dict[int, dict[int, float]]]]] = {}
     for row in rows:
         by_scheme = scores.setdefault(shared_settings(row), {}).setdefault(row.corruption, {})
-        by_scheme.setdefault(row.scheme, {}).setdefault(row.seed, []).append(row.top1)
+        by_scheme.setdefault(row.scheme, {}).setdefault(row.seed, {})[row.severity] = row.top1
     return {
         settings: {
             corruption: {
-                scheme: {seed: mean(values) for seed, values in by_seed.items()}
+                scheme: {seed: mean(by_severity.values()) for seed, by_severity in by_seed.items()}
                 for scheme, by_seed in by_scheme.items()
             }
             for corruption, by_scheme in corruptions.items()
@@ -689,13 +692,13 @@ def questions(
 
 def nets(started: Iterable[Condition], conditions: Sequence[Condition]) -> str:
     """What the nets that trainings started from were trained on, in words."""
-    saved: dict[str, str] = {}
+    saved: dict[tuple[str, str], str] = {}
     for run in all_runs(conditions):
         words = shlex.split(run.argv)
         if "--save" in words:
-            saved.setdefault(words[words.index("--save") + 1], named(shared_settings(run)))
-    folders = dict.fromkeys(str(Path(condition.settings.init).parent) for condition in started)
-    return " ".join(f"The nets of {folder}: {saved[folder]}." for folder in folders if folder in saved)
+            saved.setdefault((words[words.index("--save") + 1], run.arch), named(shared_settings(run)))
+    wanted = dict.fromkeys((str(Path(c.settings.init).parent), c.settings.arch) for c in started)
+    return " ".join(f"The nets of {one[0]}: {saved[one]}." for one in wanted if one in saved)
 
 
 def listed(asked: Sequence[Question]) -> str:
@@ -834,8 +837,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         conditions = conditions_of(read_rows_of(Run, args.results / "accuracy.csv"))
     except ValueError as error:
         parser.error(str(error))
-    corrupted = read_rows_of(Robustness, args.results / "robustness.csv")
-    boxes = read_rows_of(Saliency, args.results / "saliency.csv")
+    corrupted = proving(read_rows_of(Robustness, args.results / "robustness.csv"))
+    boxes = proving(read_rows_of(Saliency, args.results / "saliency.csv"))
     if args.plots:
         for path in plot(conditions, args.figures):
             print(path.name)

@@ -271,12 +271,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     try:
         models = [load_model(file, args.device) for file in args.models]
-        classes = {saved.settings.classes for saved in models}
-        if len(classes) > 1:
-            raise ValueError("The models know different numbers of classes: give those of one.")
+        (shared, *more) = {(s.dataset, s.classes, s.size) for s in (saved.settings for saved in models)}
+        if more:
+            raise ValueError("The models were trained on several data sets, classes or sizes: give those of one.")
         whole = load_split(args.data, "validation")
+        if whole.size != shared[2]:
+            raise ValueError(
+                f"The models were trained on images of {shared[2]} px, and the boxes are for the data's own"
+                f" {whole.size} px: train without --size."
+            )
         names = read_names(args.data, "validation")
-        known = (whole.labels < classes.pop()).nonzero()[:, 0]
+        known = (whole.labels < shared[1]).nonzero()[:, 0]
         chosen = known[stratified_order(whole.labels[known], SUBSET_SEED)[: args.images]]
         boxes = read_boxes(args.boxes, [names[index] for index in chosen.tolist()])
     except (ValueError, OSError, PackingError) as error:

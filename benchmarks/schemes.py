@@ -197,6 +197,8 @@ class Variant(Mixer):
                 raise MixerError(f"{what}={chosen!r} of a variant is none of {', '.join(sorted(known))}.")
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         self.like = create_mixer(base, in_channels, out_channels, **({} if rank is None else {"rank": rank}), **dd)
+        if not self.branches():
+            raise MixerError(f"there is no variant of {base!r}: choose a mixer that pools its taps.")
         averages = isinstance(self.like, AddConvMix)
         if gain is not None if averages else share != 1:
             raise MixerError(f"a variant of {base!r} has no {'gain' if averages else 'share'}: leave it out.")
@@ -219,7 +221,8 @@ class Variant(Mixer):
         channels = {**in_channels, FINAL: out_channels}
         self.maps = list(channels)
         for branch in self.branches():
-            branch.norms.update({key: NORMS[norm](channels[int(key)], **dd) for key in branch.norms})
+            for key, position in zip(branch.norms, branch.positions, strict=True):
+                branch.norms[key] = NORMS[norm](channels[position], **dd)
             branch.act = ACTIVATIONS[act]() if act else branch.act
             branch.between = nn.Identity() if bare else branch.between
             if isinstance(branch, ConvMix) and gain is not None:
@@ -250,8 +253,8 @@ class Variant(Mixer):
         """What a branch makes of its maps: (B, H, W, out_channels), or (B, 1, 1, out_channels)."""
         grid = maps[FINAL].shape[2], maps[FINAL].shape[3]
         vectors = []
-        for key, norm in branch.norms.items():
-            x, chosen = maps[int(key)], self.pool_final if int(key) == FINAL else self.pool
+        for position, norm in zip(branch.positions, branch.norms.values(), strict=True):
+            x, chosen = maps[position], self.pool_final if position == FINAL else self.pool
             cells = F.adaptive_avg_pool2d(x, grid) if self.grid else (chosen or POOLS[branch.pooling])(x)
             vector = norm(cells.permute(0, 2, 3, 1))  # (B, H, W, C_i), or (B, 1, 1, C_i)
             keep = F.dropout(vector.new_ones(len(vector), 1, 1, 1), self.drop_tap, self.training)

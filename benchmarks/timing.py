@@ -1,6 +1,7 @@
 """Two things timed in turn, the conditions they were timed under, and the CSV and Markdown that keep both."""
 
 import csv
+import fcntl
 import os
 import platform
 import shlex
@@ -205,8 +206,14 @@ def conditions(*, device: str, threads: int, clock: str, seed: int, argv: Sequen
         python=platform.python_version(),
         seed=seed,
         date=date.today().isoformat(),
-        argv=shlex.join(Path(word).name if "/" in word else word for word in argv),
+        argv=shlex.join(map(without_folders, argv)),
     )
+
+
+def without_folders(word: str) -> str:
+    """A word of a command line, of a path only its last part: ``--save=/tmp/nets`` as ``--save=nets``."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return option + equals + (Path(value).name if "/" in value else value)
 
 
 def device_name(device: str) -> str:
@@ -238,10 +245,12 @@ AnyRow = TypeVar("AnyRow", bound=Keyed)
 
 
 def append_rows(path: Path, rows: Iterable[Keyed]) -> None:
-    """Add rows of one kind to a CSV, in one piece; a new file gets its header first."""
+    """Add rows of one kind to a CSV, in one piece, one process at a time; a new file gets its header first."""
     lines = [asdict(row) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        file.seek(0, os.SEEK_END)  # another process may have written since
         for line in lines[:1]:
             writer = csv.DictWriter(file, line, lineterminator="\n")
             if file.tell() == 0:

@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -179,6 +180,22 @@ def test_rows_come_back_and_the_last_of_a_key_counts(tmp_path):
     assert timing.read_rows(path) == [new, other]
     assert path.read_text().count("ratio") == 1
     assert len(path.read_text().splitlines()) == 4
+
+
+def test_processes_that_begin_a_table_at_once_write_one_header(tmp_path):
+    rows = [row(1.0, batch=batch) for batch in range(1, 9)]
+    with ThreadPoolExecutor(len(rows)) as threads:
+        for number in range(20):
+            path = tmp_path / f"{number}.csv"
+            list(threads.map(lambda one, path=path: timing.append_rows(path, [one]), rows))
+            assert sorted(found.batch for found in timing.read_rows(path)) == list(range(1, 9))
+
+
+def test_a_command_names_no_folder_of_this_machine():
+    argv = ["python", "--save=/home/x/nets", "--data", "/home/x/tiny", "--lr=0.1", "a=b/c"]
+    assert timing.conditions(device="cpu", threads=1, clock="wall", seed=0, argv=argv)["argv"] == (
+        "python --save=nets --data tiny --lr=0.1 c"
+    )
 
 
 def test_tables():

@@ -167,10 +167,19 @@ def test_packed_lossless_images_come_back(folder, tmp_path, monkeypatch, capsys)
             assert images.digest_of(there) == images.digest_of(here)
         assert images.read_names(other, split) == images.read_names(folder, split)
 
+    for path in folder.rglob("*.png"):
+        Image.new("RGB", (8, 8)).save(path)
+    images.pack(folder, tmp_path / "black")
+    images.unpack(tmp_path / "black", other)  # into the same folder: what was resized there is of the images before
+    assert images.load_split(other, "train", 4).pixels.max() == 0
+
     piece = packed / "train-01.safetensors"
     piece.write_bytes(piece.read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match=r"train-01.safetensors is missing or not the piece that was packed"):
         images.unpack(packed, tmp_path / "third")
+    with pytest.raises(SystemExit):
+        images.main(["unpack", str(tmp_path / "nowhere"), str(other)])
+    assert "pack.json" in capsys.readouterr().err
 
 
 def test_jpeg_files_travel_as_they_are(folder, tmp_path):
@@ -710,6 +719,23 @@ def test_saved_models_come_back(command, tmp_path):
             use(other)
 
 
+def test_a_net_that_was_not_kept_is_trained_again_and_no_other_is_overwritten(command, tmp_path, capsys):
+    (first,) = command(schemes=["last"])
+    save = ["--save", str(tmp_path / "models")]
+    (again,) = command(*save, schemes=["last"])
+    file = tmp_path / "models" / "test_resnet-last-0.safetensors"
+    assert (again.correct, again.train_loss) == (first.correct, first.train_loss)
+    kept = file.read_bytes()
+    with pytest.raises(SystemExit):
+        command(*save, "--lr", "0.05", schemes=["last"])
+    assert f"{file} is of another training (lr): give another --save." in capsys.readouterr().err
+    assert file.read_bytes() == kept
+    file.write_bytes(kept[:-9])
+    with pytest.raises(SystemExit):
+        command("--init", str(file), schemes=["convmix"])
+    assert "get it again from its source." in capsys.readouterr().err
+
+
 def test_transfer_and_warm_start(command, tmp_path):
     models = tmp_path / "models"
     command("--save", str(models))
@@ -752,7 +778,8 @@ def test_a_linear_probe_changes_the_classifier_only(command, tmp_path):
         (["--freeze"], "--freeze trains a classifier on features that were learned before: add --init"),
         (["--init", "x", "--schemes", "dag"], "--init cannot start dag, which has classifiers of its own"),
         (["--init", "none.safetensors"], "--init: there is no none.safetensors; train it first"),
-        (["--data", "nowhere"], "nowhere: no images of the split 'train'"),
+        (["--data", "nowhere"], "nowhere: no images of the split 'train' as train/CLASS/* (there is no such folder)."),
+        (["--arch", "resnet19"], "Unknown architecture 'resnet19': choose one of timm.list_models()."),
         (["--images", "9999"], "There are 200 training images, and 9999 were asked for"),
     ],
 )
@@ -825,7 +852,16 @@ def test_saliency_rows(command, data, tmp_path, capsys):
     command("--save", str(tmp_path / "others"), "--classes", "4")
     with pytest.raises(SystemExit):
         saliency.main([*files, *map(str, (tmp_path / "others").iterdir()), *options])
-    assert "different numbers of classes" in capsys.readouterr().err
+    assert "trained on several data sets, classes or sizes" in capsys.readouterr().err
+    command("--save", str(tmp_path / "small"), "--classes", "5", "--size", "16")
+    with pytest.raises(SystemExit):
+        saliency.main([*map(str, (tmp_path / "small").iterdir()), *options])
+    assert "images of 16 px, and the boxes are for the data's own 32 px: train without" in capsys.readouterr().err
+    Path(files[0]).write_bytes(Path(files[0]).read_bytes()[:-9])
+    for measure, more in ((saliency, options), (robustness, [*options[:2], *options[4:]])):
+        with pytest.raises(SystemExit):
+            measure.main([*files, *more])
+        assert f"{Path(files[0]).name} cannot be read (" in capsys.readouterr().err
 
 
 def test_the_commands_of_the_docs_are_accepted():

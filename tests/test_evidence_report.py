@@ -434,6 +434,8 @@ def test_the_declared_tests_with_a_rate_for_each_scheme():
     ) in report.summary(comparisons.conditions_of([*rows, *other]))
     without = [row for row in rows if (row.scheme, row.lr) != ("convmix", 0.05)]  # its best is the lowest rate tried
     assert comparisons.at_best_rates(comparisons.conditions_of(without)) == []
+    part = [replace(row, images=450) for row in rows if row.split == "test" and row.scheme == "last"]
+    assert comparisons.at_best_rates(comparisons.conditions_of([*rows, *part])) == comparisons.at_best_rates(conditions)
     untested = [row for row in rows if (row.split, row.scheme, row.lr) != ("test", "last", 0.4)]
     assert comparisons.at_best_rates(comparisons.conditions_of(untested)) == []
 
@@ -567,6 +569,10 @@ def test_a_larger_backbone():
     assert report.smaller(comparisons.conditions_of(more)) == told.format(2, 1)
     others = [replace(row, arch="vgg11") if row.arch == "resnet34" else row for row in rows]
     assert "in 1 of 1; there the smaller with" in report.smaller(comparisons.conditions_of(others))
+    small = [replace(row, arch=f"{row.arch}_cifar") for row in others]
+    assert "in 1 of 1; there the smaller with" in report.smaller(
+        comparisons.conditions_of(replace(row, arch=row.arch.replace("vgg11", "vgg16_bn")) for row in small)
+    )
     worse = [replace(row, top1=row.top1 - 9) if row.arch == "resnet50" else row for row in rows]
     assert report.smaller(comparisons.conditions_of(worse)) == told.format(1, 1)
     lines = report.price(conditions).splitlines()[2:]
@@ -712,10 +718,15 @@ def test_plots(files):
     drawn = {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
     series = {"gain-number-of-classes.svg", "gain-parameters-of-a-ResNet.svg"}
     assert drawn.keys() == {"differences.svg", "cost-noise-1.svg"} | series
-    (folder / "figures" / "gain-epochs.svg").write_text("of a series that is no more")
+    former, foreign = folder / "figures" / "gain-epochs.svg", folder / "figures" / "logo.svg"
+    former.write_text(f"<svg>runs {'0' * 64}</svg>")  # of a series that is no more
     assert report.main([*options, "--write"]) == 0
     assert report.main([*options, "--check"]) == 1
+    foreign.write_text("<svg/>")
     assert report.main([*options, "--plots"]) == 0
+    assert report.main([*options, "--check"]) == 0
+    assert foreign.read_text() == "<svg/>"
+    foreign.unlink()
     assert drawn == {path.name: path.read_bytes() for path in (folder / "figures").iterdir()}
 
 
@@ -751,6 +762,10 @@ def test_robustness_is_averaged_over_severities_and_paired_by_seed():
         " of corruption, and the accuracy that it loses against clean images, in points, is higher in 1 of 1."
     )
     assert report.robust(rows[:2]) == ""
+    again = replace(rows[0], top1=0.0, weights="another net of this seed")
+    assert report.by_corruption([again, *rows]) == report.by_corruption(rows)
+    chose = [replace(rows[0], seed=3, split="holdout"), rows[0]]  # trained on a part; of a seed that chose the rate
+    assert comparisons.proving([*rows, *chose]) == [row for row in rows if row.seed >= 3]
 
 
 # Saliency -------------------------------------------------------------------------------------------------------------

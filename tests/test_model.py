@@ -127,7 +127,7 @@ def test_frozen_backbone():
 
 def test_optimizers_see_the_mixer():
     model = timm.create_model(VARIANT)
-    weight = model.mixer.norms["3"].weight
+    weight = model.mixer.norms["3_avgmax"].weight
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.1)
     (group,) = [g for g in optimizer.param_groups if any(p is weight for p in g["params"])]
     assert group["weight_decay"] == 0

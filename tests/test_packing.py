@@ -382,7 +382,7 @@ MEMORY = {  # the same numbers elsewhere, as trainings leave them
     "transposed": each(lambda t: t.t().contiguous().t(), 2),
     "in one storage": in_one_storage,
     "expanded": lambda tensors: tensors | {"backbone.fc.bias": torch.ones(()).expand(10)},
-    "tied": lambda tensors: tensors | {"mixer.norms.0.bias": tensors["mixer.norms.0.weight"]},
+    "tied": lambda tensors: tensors | {"mixer.norms.0_avgmax.bias": tensors["mixer.norms.0_avgmax.weight"]},
     "parameters": each(torch.nn.Parameter),
     "bfloat16": each(torch.Tensor.bfloat16),
 }
@@ -443,6 +443,8 @@ def test_a_run_without_ema_says_so(run, tmp_path):
     torch.save(saved, tmp_path / "last.pth.tar")
     with pytest.raises(PackingError, match=r"last\.pth\.tar holds no 'state_dict_ema': is it a checkpoint of timm's"):
         read_checkpoint(tmp_path, use_ema=True)
+    with pytest.raises(PackingError, match=r"net\.safetensors holds one set of weights: give it without EMA"):
+        read_checkpoint(tmp_path / "net.safetensors", use_ema=True)
 
 
 def test_a_folder_stands_for_its_last_epoch(run, tmp_path):

@@ -38,7 +38,8 @@ class Mixer(nn.Module):
     """What every mixer is: built from ``(in_channels, out_channels, *, device, dtype)``, called with maps.
 
     ``in_channels`` maps the position of each tapped stage to its channels, shallow to deep. A mixer with parameters of
-    a tap's own names them by that position, so that a checkpoint of other stages does not fit by accident.
+    a tap's own names them by that position, so that a checkpoint of other stages does not fit by accident. A default's
+    names are its own too, so that a checkpoint of train.py, which records no default, fits no later one.
     """
 
     def __init__(self) -> None:
@@ -73,7 +74,7 @@ def check_rank(rank: int, mixer: str) -> None:
     Raises:
         MixerError: It is no integer, or negative.
     """
-    if not isinstance(rank, int) or rank < 0:
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
         raise MixerError(f"rank={rank!r} of mixer {mixer!r} must be an integer, 0 (the full matrix) or more.")
 
 
@@ -88,7 +89,7 @@ def pool(tap: Tensor, pooling: str = "avg") -> Tensor:
 
     While training the mean is a divided sum: its gradient is then a view of (B, C), where that of ``mean``, which
     expands before it divides, is a map as large as the tap, kept until the backward pass comes to that stage. That of
-    the maximum is such a map.
+    the maximum is such a map; of equal maxima the first has all of it on a CPU, and elsewhere each has a part.
 
     Args:
         tap: The map.
@@ -154,6 +155,9 @@ class PooledMixer(Mixer):
         dtype: Of the parameters.
     """
 
+    suffix: ClassVar[str] = ""
+    """Of the names of the taps' norms, where another mixer would read the same parameters in another way."""
+
     def __init__(
         self,
         in_channels: Mapping[int, int],
@@ -170,7 +174,8 @@ class PooledMixer(Mixer):
         self.pooling = pooling
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         width = sum(in_channels.values())
-        self.norms = nn.ModuleDict({str(stage): nn.LayerNorm(c, **dd) for stage, c in in_channels.items()})
+        self.positions = [*in_channels]
+        self.norms = nn.ModuleDict({f"{i}{self.suffix}": nn.LayerNorm(c, **dd) for i, c in in_channels.items()})
         self.reduce = nn.Linear(width, rank, bias=False, **dd) if rank else nn.Identity()
         self.between: nn.Module = nn.Identity()
         self.expand = nn.Linear(rank or width, out_channels, bias=bias, **dd)
@@ -425,6 +430,7 @@ class AddAvgMaxConvMix(AddConvMix):
 
     name = "add_avgmax"
     taps_pooling = "avgmax"
+    suffix = "_avgmax"
 
 
 class BlendConvMix(AddConvMix):

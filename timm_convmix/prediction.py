@@ -289,7 +289,7 @@ def label_names(model: Any) -> list[str]:
         return list(map(str, range(model.num_classes)))
     labels = list(map(DatasetInfoLabelMapper(info, fallback_format="{index}"), range(model.num_classes)))
     if all(re.fullmatch(r"n\d{8}", label) for label in labels):
-        words = ImageNetInfo("imagenet-22k").label_descriptions(as_dict=True)
+        words = ImageNetInfo("imagenet-22k-ms").label_descriptions(as_dict=True)
         labels = [words.get(label, label) for label in labels]
     return labels
 

@@ -105,7 +105,7 @@ A difference between two single runs proves nothing: see the evidence in the pro
 ## Made with
 
 timm's `train.py -c recipe.yaml` (beside this card), {record.epochs} epochs. {base}
-{versions}; {record.hardware}.
+Packed and measured with {versions}; {record.hardware}.
 
 ## For, and not for
 

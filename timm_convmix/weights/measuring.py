@@ -46,6 +46,12 @@ def evaluate(
         batch_size: Images a step.
         workers: Processes that read images.
         quiet: Show no progress bar.
+
+    Returns:
+        top1 and top5 in percent, the mean cross-entropy in nats, and how many images there were.
+
+    Raises:
+        PackingError: There is no image.
     """
     device = next(model.parameters()).device
     loader = create_loader(
@@ -88,6 +94,8 @@ def open_dataset(data_dir: str | Path, split: str, *, channels: int = 3) -> Any:
         PackingError: There are no images.
     """
     try:
+        if not Path(data_dir).is_dir():
+            raise FileNotFoundError("there is no such folder")
         dataset = create_dataset("", root=str(data_dir), split=split, input_img_mode="RGB" if channels == 3 else "L")
         if Path(dataset.reader.root) == Path(data_dir):  # timm takes everything there is where there is no such split
             raise FileNotFoundError(f"there is no folder {Path(data_dir) / split}")

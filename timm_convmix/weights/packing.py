@@ -118,6 +118,8 @@ def read_checkpoint(
     """
     path = Path(path)
     path = path / "last.pth.tar" if path.is_dir() else path
+    if use_ema and path.suffix == ".safetensors":
+        raise PackingError(f"{path} holds one set of weights: give it without EMA, or a checkpoint of train.py.")
     try:
         if path.suffix == ".safetensors":
             stated = {"model_kwargs": model_kwargs, "seed": seed}
