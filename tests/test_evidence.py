@@ -349,6 +349,10 @@ def test_names_of_schemes():
         create_mixer("variant", {0: 4}, 8, norm="bath")
 
 
+def test_every_mixer_has_a_control():
+    assert schemes.BRANCHES.keys() == MIXERS.keys() - {"none", "variant", "scalar"}
+
+
 def test_a_bare_pair_is_one_matrix():
     mixer = create_mixer("variant", {0: 4}, 8, rank=3, bare=True)
     tap, final = torch.randn(2, 4, 4, 4), torch.randn(2, 8, 2, 2)
