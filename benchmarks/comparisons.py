@@ -208,9 +208,11 @@ def former_conditions(conditions: Iterable[Condition], former: str) -> list[Cond
 
 
 def former_rows(rows: Iterable[Row], former: str) -> list[Row]:
-    """Rows of what was measured on saved nets, as ``former_conditions``."""
-    names = names_under(former)
-    return [replace(row, scheme=names[row.scheme]) for row in rows if row.scheme in names]
+    """Rows of what was measured on saved nets, as ``former_conditions``, where ``former`` was measured."""
+    names, rows = names_under(former), list(rows)
+    measured = {replace(shared_settings(row), lr=BEST) for row in rows if row.scheme == former}
+    chosen = (row for row in rows if replace(shared_settings(row), lr=BEST) in measured)
+    return [replace(row, scheme=names[row.scheme]) for row in chosen if row.scheme in names]
 
 
 def shared_settings(row: Settings) -> Settings:

@@ -768,6 +768,11 @@ def test_robustness_is_averaged_over_severities_and_paired_by_seed():
     assert comparisons.proving([*rows, *chose]) == [row for row in rows if row.seed >= 3]
 
 
+def test_rows_of_a_default_before_are_of_settings_that_it_was_measured_in():
+    rows = [robust("last", 3, 60.0), replace(robust("add", 3, 61.0), lr=0.2), replace(robust("last", 3, 5.0), epochs=9)]
+    assert comparisons.former_rows(rows, "add") == [rows[0], replace(rows[1], scheme="convmix")]
+
+
 # Saliency -------------------------------------------------------------------------------------------------------------
 
 
