@@ -668,7 +668,11 @@ def questions(
             answers([c for c in scratch if c.settings.size > SMALL_SIZE]),
             (f"Settings of more than {SMALL_SIZE} pixels, of the table above.",),
         ),
-        Question("Does it carry over to other images?", answers(started), (claims(started), nets(started, conditions))),
+        Question(
+            "Does it carry over to other images?",
+            " ".join(filter(None, (answers(started), nets(filter(verdicts, started), conditions)))),
+            (claims(started),),
+        ),
         Question(
             "Is it worth more than a larger backbone?",
             smaller(proof),
