@@ -373,7 +373,7 @@ def saved_file(folder: Path, settings: Settings) -> Path:
 
 
 def check_form(model: nn.Module, path: Path) -> None:
-    """Refuse a saved mixing scheme whose form is not the model's: a new default has the keys of the one before.
+    """Refuse a saved mixing scheme whose form is not the model's: a scheme's name may have stood for another then.
 
     Raises:
         ValueError: It is not.
@@ -651,7 +651,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         try:
             row = run(settings, init, data, args, command)
-        except ConvMixError as error:
+        except (ConvMixError, ValueError) as error:
             parser.error(str(error))
         append_rows(path, [row])
     return 0

@@ -483,10 +483,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = [sys.executable, "-m", "benchmarks.cost", *argv]
         return subprocess.run(command, env=os.environ | KEEP_HEAP, check=False).returncode  # noqa: S603
     torch.set_num_threads(args.threads)
-    if args.device.startswith("cuda"):
-        torch.cuda.set_device(
-            torch.device(args.device).index or 0
-        )  # timers and memory counters look at the current one
+    if args.device.startswith("cuda"):  # timers and memory counters look at the current one
+        torch.cuda.set_device(torch.device(args.device).index or 0)
     command = ["python", "-m", "benchmarks.cost", *argv]
     rows = []
     if args.what == "census":

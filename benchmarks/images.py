@@ -116,10 +116,8 @@ def load_split(root: Path, split: str, size: int | None = None) -> Images:
     native = root / f"{split}.safetensors"
     cache = root / f"{split}-{size}.safetensors" if size else native
     files = None if native.is_file() and not (root / split).is_dir() else list_files(root, split)
-    if files is not None:
-        source = list_digest(files)
-    else:  # unpacked: there are no files, and what was unpacked stands for itself
-        source = read_digests(native)["images"] if size else read_digests(native)["files"]
+    # where there are no files, what was unpacked stands for itself
+    source = read_digests(native)["images" if size else "files"] if files is None else list_digest(files)
     if cache.is_file():
         known = read_digests(cache)
         with safetensors.safe_open(cache, "pt") as file:

@@ -124,18 +124,19 @@ def provenance(runs: Sequence[Run]) -> str:
 
 
 def commands(rows: Sequence[Run] | Sequence[Robustness] | Sequence[Saliency]) -> str:
-    """The commands that made some rows, each once, without what only divides the work, and without files of nets."""
+    """The commands that made some rows, each once, without what only divides the work."""
     return ", ".join(f"`{command}`" for command in sorted({whole_command(row.argv) for row in rows}))
 
 
 def whole_command(argv: str) -> str:
-    """A command without ``DIVISIONS`` and their values, and without files of nets, of which the rows tell more."""
+    """A command without ``DIVISIONS`` and their values; MODELS stands for files of nets."""
     kept, dropping = [], False
     for word in shlex.split(argv):
         if word.startswith("--"):
             dropping = word in DIVISIONS
-        if not dropping and not word.endswith(".safetensors"):
-            kept.append(word)
+        shown = "MODELS" if word.endswith(".safetensors") else word
+        if not dropping and (shown == word or shown not in kept):
+            kept.append(shown)
     return shlex.join(kept)
 
 

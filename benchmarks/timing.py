@@ -1,7 +1,6 @@
 """Two things timed in turn, the conditions they were timed under, and the CSV and Markdown that keep both."""
 
 import csv
-import fcntl
 import os
 import platform
 import shlex
@@ -18,6 +17,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import timm
 import torch
 from torch.utils import benchmark
+
+from timm_convmix.weights.manifest import take_turns
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -211,7 +212,7 @@ def conditions(*, device: str, threads: int, clock: str, seed: int, argv: Sequen
 
 
 def without_folders(word: str) -> str:
-    """A word of a command line, of a path only its last part: ``--save=/tmp/nets`` as ``--save=nets``."""
+    """A word of a command line, of a path only its last part: ``--save=my/nets`` as ``--save=nets``."""
     option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     return option + equals + (Path(value).name if "/" in value else value)
 
@@ -248,9 +249,7 @@ def append_rows(path: Path, rows: Iterable[Keyed]) -> None:
     """Add rows of one kind to a CSV, in one piece, one process at a time; a new file gets its header first."""
     lines = [asdict(row) for row in rows]
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", newline="") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
-        file.seek(0, os.SEEK_END)  # another process may have written since
+    with take_turns(path), path.open("a", newline="") as file:
         for line in lines[:1]:
             writer = csv.DictWriter(file, line, lineterminator="\n")
             if file.tell() == 0:

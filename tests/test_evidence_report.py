@@ -86,9 +86,10 @@ def test_a_command_is_told_once_whatever_part_of_it_a_process_ran():
     parts = [
         run("last", 3, 60.0, argv="python -m benchmarks.accuracy --data 'my data' --seeds 3 --epochs 3 --save M"),
         run("grid", 5, 60.0, argv="python -m benchmarks.accuracy --data 'my data' --epochs 3 --seeds 5 --schemes grid"),
-        run("last", 4, 60.0, argv="python -m benchmarks.accuracy --data 'my data' --epochs 3 M/a.safetensors"),
     ]
     assert report.commands(parts) == "`python -m benchmarks.accuracy --data 'my data' --epochs 3`"
+    measured = [run("last", 3, 60.0, argv="python -m benchmarks.saliency --data D a.safetensors b.safetensors")]
+    assert report.commands(measured) == "`python -m benchmarks.saliency --data D MODELS`"
 
 
 def sign_flip(values):

@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 import types
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -381,10 +382,15 @@ def update_manifest(name: str, record: WeightRecord, path: str | Path | None = N
         ManifestError: The present file, or the new entry, is not valid.
     """
     path = Path(path or manifest_path())
+    with take_turns(path):
+        write_atomically(path, format_manifest(read_manifest(path) | {fit(Name, name, "weights"): record}).encode())
+
+
+def take_turns(path: Path) -> AbstractContextManager[Any]:
+    """A lock under which a user's processes change a file one after the other; it lies among the temporary files."""
     user = getattr(os, "getuid", int)()  # Windows has none, and gives each user a temporary folder of their own
     place = sha256(f"{user} {path.resolve()}".encode()).hexdigest()
-    with WeakFileLock(Path(tempfile.gettempdir(), f"timm_convmix-{place[:16]}.lock")):  # stays; not beside the file
-        write_atomically(path, format_manifest(read_manifest(path) | {fit(Name, name, "weights"): record}).encode())
+    return WeakFileLock(Path(tempfile.gettempdir(), f"timm_convmix-{place[:16]}.lock"))
 
 
 def write_atomically(path: Path, data: bytes) -> None:
